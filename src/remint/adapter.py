@@ -1,0 +1,90 @@
+"""The standard PEFT adapter: which tensors it must hold, how it is written and read, what it adds to a weight."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+
+from remint import shards
+from remint.core.errors import ArtefactError, got, listed
+from remint.manifest import dump_json
+from remint.modeling import Lora
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_PREFIX = "base_model.model."
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def adapted_layers(base: Shapes, targets: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Names of the layers that LoRA sits on, each with (outputs, inputs), from the shapes of the base's tensors."""
+    return {
+        name.removesuffix(".weight"): (shape[0], shape[1])
+        for name, shape in sorted(base.items())
+        if name.endswith(".weight") and len(shape) == 2 and name.split(".")[-2] in targets
+    }
+
+
+def expected_shapes(base: Shapes, settings: Lora) -> dict[str, tuple[int, int]]:
+    """Every tensor that an adapter of these settings holds for this base, by PEFT's names."""
+    shapes = {}
+    for layer, (outputs, inputs) in adapted_layers(base, settings.targets).items():
+        shapes[f"{_PREFIX}{layer}.lora_A.weight"] = (settings.rank, inputs)
+        shapes[f"{_PREFIX}{layer}.lora_B.weight"] = (outputs, settings.rank)
+    return shapes
+
+
+def check(found: Shapes, base: Shapes, settings: Lora, where: Path) -> None:
+    """Raise ArtefactError naming every tensor that is missing, unexpected or of another shape."""
+    expected = expected_shapes(base, settings)
+    faults = [f"{where}: tensor {name}: missing" for name in sorted(set(expected) - set(found))]
+    faults += [f"{where}: tensor {name}: unexpected" for name in sorted(set(found) - set(expected))]
+    faults += [
+        f"{where}: tensor {name}: must have shape {expected[name]}, {got(found[name])}"
+        for name in sorted(set(expected) & set(found))
+        if tuple(found[name]) != expected[name]
+    ]
+    if faults:
+        raise ArtefactError(*listed(f"{fault}; make it again from the checkpoint of this base" for fault in faults))
+
+
+def write(tensors: Mapping[str, torch.Tensor], settings: Lora, base_name: str, folder: Path) -> None:
+    """Write adapter_model.safetensors and adapter_config.json; the same tensors always give the same bytes."""
+    ordered = {name: tensors[name].contiguous() for name in sorted(tensors)}
+    save_file(ordered, folder / WEIGHTS, metadata={"format": "pt"})
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=sorted(settings.targets),
+        bias="none",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base_name,
+        inference_mode=True,
+    ).to_dict()
+    # PEFT keeps the targets as a set, whose order in a file is a matter of chance.
+    content = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    (folder / CONFIG).write_text(dump_json(content), encoding="utf-8")
+
+
+def read(folder: Path) -> tuple[dict[str, torch.Tensor], Lora]:
+    """Tensors and settings of an adapter; only plain LoRA, which is all that this project makes."""
+    config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    settings = Lora(config["r"], config["lora_alpha"], config["lora_dropout"], list(config["target_modules"]))
+    return load(folder / WEIGHTS), settings
+
+
+def delta(tensors: Mapping[str, torch.Tensor], layer: str, settings: Lora) -> torch.Tensor:
+    """What LoRA adds to a layer's weight: B·A·alpha/rank (Hu et al. 2021), fp32, shape (outputs, inputs)."""
+    a = tensors[f"{_PREFIX}{layer}.lora_A.weight"].float()
+    b = tensors[f"{_PREFIX}{layer}.lora_B.weight"].float()
+    return (b @ a) * (settings.alpha / settings.rank)
+
+
+def load(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file. Raises ArtefactError if it is none."""
+    return dict(shards.tensors(path))

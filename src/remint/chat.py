@@ -1,0 +1,158 @@
+"""One conversation template renders training, evaluation, chat and serving, and travels with every model.
+
+Ids are made from the template's pieces, not from one long string: markers are looked up as special tokens, while what
+a person wrote is tokenized with special tokens switched off. So text that spells a marker never becomes one, and the
+loss mask needs no search for where an answer starts.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from remint.core.config import check
+from remint.core.errors import ArtefactError, got
+from remint.manifest import dump_json
+
+NAME = "template.json"
+JINJA_NAME = "chat_template.jinja"
+
+Message = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """The markup around one role's text."""
+
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a conversation becomes tokens. `end` closes an answer and is learned; `stop` are the tokens that end one."""
+
+    bos: str
+    system: Turn
+    user: Turn
+    assistant: Turn
+    end: str
+    stop: list[str]
+
+    def __post_init__(self) -> None:
+        check("model.template", (bool(self.end), "end", self.end, "must be the token that closes an answer"))
+        check("model.template", (self.end in self.stop, "stop", self.stop, f"must contain the end token {self.end!r}"))
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A template together with the system text that is used where a conversation brings none ('' for no system turn)."""
+
+    template: Template
+    system: str
+
+    def save(self, folder: Path) -> None:
+        """Write template.json for this project and the same as Jinja for transformers."""
+        (folder / NAME).write_text(dump_json(asdict(self)), encoding="utf-8")
+        (folder / JINJA_NAME).write_text(self.jinja(), encoding="utf-8")
+
+    def with_system(self, system: str) -> "Conversation":
+        """The same template with another default system text."""
+        return replace(self, system=system)
+
+    def messages(self, history: Sequence[Message]) -> list[Message]:
+        """The conversation with the default system text in front, unless it brings its own."""
+        if self.system and (not history or history[0]["role"] != "system"):
+            return [{"role": "system", "content": self.system}, *history]
+        return list(history)
+
+    def encode(self, tokenizer: Any, history: Sequence[Message]) -> tuple[list[int], list[bool]]:
+        """Ids of a whole conversation and, for each, whether it is learned: the assistant's text and its end token."""
+        ids: list[int] = []
+        learned: list[bool] = []
+
+        def add(piece: list[int], learn: bool) -> None:
+            ids.extend(piece)
+            learned.extend([learn] * len(piece))
+
+        add(_markup(tokenizer, self.template.bos), False)
+        for message in self.messages(history):
+            turn: Turn = getattr(self.template, message["role"])
+            is_answer = message["role"] == "assistant"
+            add(_markup(tokenizer, turn.before), False)
+            add(_content(tokenizer, message["content"]), is_answer)
+            if is_answer:
+                add(_markup(tokenizer, self.template.end), True)
+            add(_markup(tokenizer, turn.after), False)
+        return ids, learned
+
+    def prompt(self, tokenizer: Any, history: Sequence[Message]) -> list[int]:
+        """Ids up to where the assistant's next answer starts: the same prefix that training saw."""
+        ids, _ = self.encode(tokenizer, history)
+        return ids + _markup(tokenizer, self.template.assistant.before)
+
+    def stop_ids(self, tokenizer: Any) -> list[int]:
+        """Ids that end an answer, in the template's order."""
+        return [tokenizer.convert_tokens_to_ids(token) for token in self.template.stop]
+
+    def jinja(self) -> str:
+        """The template in the form that transformers and other tools read; it renders what `encode` renders."""
+        t = self.template
+        lines = [
+            f"{{{{- {_quote(t.bos)} }}}}" if t.bos else "",
+            "{%- if not messages or messages[0]['role'] != 'system' %}"
+            f"{{{{- {_quote(t.system.before + self.system + t.system.after)} }}}}{{%- endif %}}"
+            if self.system
+            else "",
+            "{%- for message in messages %}",
+            *(
+                f"{{%- {keyword} message['role'] == '{role}' %}}"
+                f"{{{{- {_quote(turn.before)} + message['content'] + {_quote(after)} }}}}"
+                for keyword, role, turn, after in (
+                    ("if", "system", t.system, t.system.after),
+                    ("elif", "user", t.user, t.user.after),
+                    ("elif", "assistant", t.assistant, t.end + t.assistant.after),
+                )
+            ),
+            "{%- else %}{{- raise_exception('unknown role ' + message['role']) }}{%- endif %}",
+            "{%- endfor %}",
+            f"{{%- if add_generation_prompt %}}{{{{- {_quote(t.assistant.before)} }}}}{{%- endif %}}",
+        ]
+        return "".join(lines) + "\n"
+
+
+def load(folder: Path) -> Conversation:
+    """The conversation template that travels with an artefact."""
+    try:
+        content = json.loads((folder / NAME).read_text(encoding="utf-8"))
+        fields = content["template"]
+        turns = {role: Turn(**fields[role]) for role in ("system", "user", "assistant")}
+        return Conversation(Template(**{**fields, **turns}), content["system"])
+    except FileNotFoundError:
+        raise ArtefactError(f"{folder / NAME}: not found; make the artefact again with `dvc repro`") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtefactError(f"{folder / NAME}: is no template, {got(str(error))}; make it again with `dvc repro`") from None
+
+
+def missing_tokens(template: Template, tokenizer: Any) -> list[str]:
+    """Stop and end tokens of the template that the tokenizer does not know as one token."""
+    unknown = tokenizer.unk_token_id
+    return [
+        token
+        for token in dict.fromkeys([template.end, *template.stop])
+        if tokenizer.convert_tokens_to_ids(token) in (None, unknown) and token != tokenizer.unk_token
+    ]
+
+
+def _markup(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False) if text else []
+
+
+def _content(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) if text else []
+
+
+def _quote(text: str) -> str:
+    """A Jinja string literal."""
+    return json.dumps(text, ensure_ascii=False)

@@ -1,0 +1,1 @@
+"""What every stage imports: errors, configuration, paths. Nothing here imports torch."""

@@ -1,0 +1,178 @@
+"""A stage's settings: conf/<group>/<choice>.yaml < params.yaml < the command line, and only what the stage declares.
+
+The arguments of a stage's `run` are the sections that dvc.yaml declares for it, so a stage cannot read a setting
+whose change would not rerun it. Hydra composes them, so a sweep by DVC and a command by hand mean the same.
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, is_dataclass, make_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from remint.core.errors import SettingsError, got
+from remint.core.paths import CONF, PARAMS
+
+# Arguments of `run` that are not settings of the stage itself.
+_SUPPLIED = ("log", "fingerprint", "return")
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How the numbers are computed: part of a result's identity, because another value changes bytes."""
+
+    threads: int
+    deterministic: bool
+
+    def __post_init__(self) -> None:
+        check("runtime", (1 <= self.threads <= 512, "threads", self.threads, "must be between 1 and 512"))
+
+
+def check(section: str, *rules: tuple[bool, str, object, str]) -> None:
+    """Raise one SettingsError that lists every broken rule (holds, setting, value, what it must be)."""
+    faults = [
+        f"params: {section}.{name}: {must}, {got(value)}; change it in params.yaml"
+        for holds, name, value, must in rules
+        if not holds
+    ]
+    if faults:
+        raise SettingsError(*faults)
+
+
+def sections(run: Callable[..., None]) -> dict[str, Any]:
+    """The sections a stage asks for, each with its type."""
+    return {name: kind for name, kind in get_type_hints(run).items() if name not in _SUPPLIED}
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping as Hydra reads it: 1e-4 is a number here, while yaml.safe_load makes it a string."""
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path))
+    except FileNotFoundError:
+        raise SettingsError(f"{path}: not found; run this at the root of the repository") from None
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: is no valid YAML: {_one_line(error)}; mend that line") from None
+    if not isinstance(content, dict):
+        raise SettingsError(f"{path}: must be a mapping of sections, {got(content)}; `git checkout {path}` restores it")
+    return {str(key): value for key, value in content.items()}
+
+
+def compose(run: Callable[..., None], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The arguments for `run`, typed and checked, from params.yaml and `overrides` like `train.lr=1e-3`."""
+    return to_objects(run, compose_raw(run, overrides))
+
+
+def compose_raw(run: Callable[..., None], overrides: Sequence[str] = ()) -> DictConfig:
+    """The stage's composed configuration as Hydra gives it: what `--cfg` prints and a fingerprint covers."""
+    params, wanted = load_yaml(PARAMS), sections(run)
+    absent = [name for name in wanted if name not in params]
+    if absent:
+        raise SettingsError(*(f"{PARAMS}: section {name!r} is missing; `make recipe` shows whole files" for name in absent))
+    groups = [name for name in wanted if (CONF / name).is_dir()]
+    for group in groups:
+        _check_choice(group, params[group])
+    defaults: list[Any] = [f"schema_{name}" for name, kind in wanted.items() if is_dataclass(kind)]
+    defaults += [{group: params[group]} for group in groups] + ["_self_"]
+    node = {"defaults": defaults, **{name: params[name] for name in wanted if name not in groups}}
+    try:
+        return _compose(node, wanted, overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise SettingsError(_explain(error, wanted)) from None
+
+
+def to_objects(run: Callable[..., None], config: DictConfig) -> dict[str, Any]:
+    """Turn the composed configuration into the typed arguments of `run`; their own range checks happen here."""
+    arguments, faults = {}, []
+    for name, kind in sections(run).items():
+        try:
+            value = _build(kind, OmegaConf.to_container(config, resolve=True, throw_on_missing=True)[name])
+            if not is_dataclass(kind) and type(value) is not kind:
+                faults.append(f"params: {name}: must be {kind.__name__}, {got(value)}; change it in params.yaml")
+            arguments[name] = value
+        except SettingsError as error:
+            faults += error.faults
+        except OmegaConfBaseException as error:
+            faults.append(_explain(error, sections(run)))
+    if faults:
+        raise SettingsError(*faults)
+    return arguments
+
+
+def _compose(node: dict[str, Any], wanted: dict[str, Any], overrides: Sequence[str]) -> DictConfig:
+    store = ConfigStore.instance()
+    for name, kind in wanted.items():
+        if is_dataclass(kind):
+            store.store(name=f"schema_{name}", node=_schema(kind), package=name)
+    store.store(name="stage", node=node)
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+        return hydra_compose("stage", overrides=list(overrides))
+
+
+def _schema(kind: type) -> type:
+    """A twin of a settings class that OmegaConf may fill: it makes frozen classes read-only before it has read them."""
+    hints = get_type_hints(kind)
+    twins = [(name, _schema(hint) if is_dataclass(hint) else hint) for name, hint in hints.items()]
+    return make_dataclass(kind.__name__, twins)
+
+
+def _build(kind: Any, value: Any) -> Any:
+    """The settings object of a composed section; nested sections first, each with its own range checks."""
+    if not is_dataclass(kind):
+        return value
+    faults, fields = [], {}
+    for name, hint in get_type_hints(kind).items():
+        try:
+            fields[name] = _build(hint, value[name])
+        except SettingsError as error:
+            faults += error.faults
+    if faults:
+        raise SettingsError(*faults)
+    return kind(**fields)
+
+
+def _check_choice(group: str, choice: object) -> None:
+    options = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    if choice not in options:
+        raise SettingsError(
+            f"{PARAMS}: {group}: no such option, {got(choice)}; "
+            f"choose from {', '.join(options)} or write {CONF / group}/<name>.yaml"
+        )
+
+
+def _explain(error: Exception, wanted: dict[str, Any]) -> str:
+    """Hydra's message in one line, with the nearest names that exist."""
+    text = _one_line(error)
+    unknown = re.search(r"Key '([^']+)' (?:is not in struct|not in '(\w+)')", text)
+    full = re.search(r"full_key: (\S+)", text)
+    where = full[1].rstrip(",") if full else None
+    if unknown:
+        name = where or unknown[1]
+        return f"params: {name}: no such setting{_nearest(name, wanted)}"
+    if where:
+        problem = text.split(" full_key:")[0]
+        return f"params: {where}: {problem}; change it in params.yaml or on the command line"
+    return f"settings: {text}"
+
+
+def _nearest(name: str, wanted: dict[str, Any]) -> str:
+    known = list(wanted)
+    for section, kind in wanted.items():
+        if is_dataclass(kind):
+            known += [f"{section}.{field}" for field in get_type_hints(kind)]
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    return f"; did you mean {' or '.join(near)}?" if near else f"; this stage knows {', '.join(wanted)}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,42 @@
+"""The environment that must be set before Python starts, because libraries read it once while they load."""
+
+import os
+import platform
+import sys
+from collections.abc import Mapping
+
+_AVX2_ONLY = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "AVX2,STRICT", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+
+
+def environment(threads: int, network: bool) -> dict[str, str]:
+    """The variables that fix how numbers are computed; `network` lets a stage reach a model hub."""
+    block = {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "OMP_DYNAMIC": "FALSE",
+        "MKL_DYNAMIC": "FALSE",
+        "OMP_WAIT_POLICY": "PASSIVE",  # three times as fast when another job shares the cores
+        "PYTHONHASHSEED": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        "FLASH_ATTENTION_DETERMINISTIC": "1",
+        "HF_HUB_OFFLINE": "0" if network else "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "TZ": "UTC",
+        "LC_ALL": "C.UTF-8",
+    }
+    # One instruction set for all x86 machines: AVX2 and AVX-512 kernels round differently.
+    return block | (_AVX2_ONLY if platform.machine() in ("x86_64", "AMD64") else {})
+
+
+def missing(block: Mapping[str, str]) -> dict[str, str]:
+    """What of the block is not yet in force in this process."""
+    return {name: value for name, value in block.items() if os.environ.get(name) != value}
+
+
+def restart_with(block: Mapping[str, str]) -> None:
+    """Replace this process by the same command under the environment block, unless it is in force already."""
+    if missing(block):
+        sys.stdout.flush()
+        os.execve(sys.executable, [sys.executable, "-m", "remint", *sys.argv[1:]], {**os.environ, **block})

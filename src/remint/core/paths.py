@@ -1,0 +1,37 @@
+"""Where the pipeline keeps what it reads and makes; the values are in params.yaml and nowhere else."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from remint.core.errors import SettingsError, got
+
+PARAMS = Path("params.yaml")
+PIPELINE = Path("dvc.yaml")
+CONF = Path("conf")
+# Unfinished work: never an artefact, never in git, safe to delete when nothing runs. An experiment that DVC runs in a
+# temporary tree keeps it in the repository, so that the next try finds it.
+SCRATCH = Path(os.environ.get("DVC_ROOT", "")) / ".scratch"
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Folders relative to the root of the repository, one an artefact."""
+
+    source: Path
+    dataset: Path
+    base: Path
+    checkpoint: Path
+    adapter: Path
+    model: Path
+    report: Path
+
+    def __post_init__(self) -> None:
+        faults = [
+            f"params.yaml: paths.{name}: must lie inside the repository, {got(str(path))}; "
+            f"use a relative path without '..', like data/{name}"
+            for name, path in vars(self).items()
+            if path.is_absolute() or ".." in path.parts or path == Path(".")
+        ]
+        if faults:
+            raise SettingsError(*faults)

@@ -1,0 +1,211 @@
+"""Load a base, quantize it as QLoRA does, put LoRA on it. The only module that knows transformers' and peft's calls."""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from remint.core.config import check
+from remint.core.errors import ArtefactError, SettingsError, got
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Architectures whose code is in transformers and whose layers the stages were tried with. Others may well work:
+# add the name and run `make recipe NAME=smoke && make repro` with such a model.
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the frozen base is held while training: QLoRA's NF4, as the tutorial had it, or not at all."""
+
+    kind: str
+    double: bool
+    block_size: int
+    dequantize: str
+
+    def __post_init__(self) -> None:
+        check(
+            "quantization",
+            (self.kind in ("nf4", "fp4", "none"), "kind", self.kind, "must be nf4, fp4 or none"),
+            (self.block_size in (64, 128, 256, 512), "block_size", self.block_size, "must be 64, 128, 256 or 512"),
+            (self.dequantize in ("once", "each_use"), "dequantize", self.dequantize, "must be once or each_use"),
+        )
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Shape of the adapter. `targets` are names of linear layers; the head is never adapted unless named."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    targets: list[str]
+
+    def __post_init__(self) -> None:
+        check(
+            "lora",
+            (1 <= self.rank <= 1024, "rank", self.rank, "must be between 1 and 1024"),
+            (self.alpha > 0, "alpha", self.alpha, "must be greater than 0"),
+            (0 <= self.dropout < 1, "dropout", self.dropout, "must be at least 0 and below 1"),
+            (len(self.targets) > 0, "targets", self.targets, "must name at least one linear layer"),
+        )
+
+
+def device() -> torch.device:
+    """Where to compute: $REMINT_DEVICE if set, else the first GPU, else the CPU. Never a declared setting."""
+    choice = os.environ.get("REMINT_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    if choice not in ("cpu", "cuda"):
+        raise SettingsError(f"REMINT_DEVICE: must be cpu or cuda, {got(choice)}; unset it to take what there is")
+    if choice == "cuda" and not torch.cuda.is_available():
+        raise SettingsError("REMINT_DEVICE: no GPU that torch can use, got 'cuda'; unset it to compute on the CPU")
+    return torch.device(choice)
+
+
+def check_config(folder: Path) -> None:
+    """Refuse a config.json that asks for foreign code or an architecture nobody tried. Raises ArtefactError."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtefactError(f"{path}: not found; the folder must hold a Hugging Face model") from None
+    except ValueError as error:
+        raise ArtefactError(f"{path}: is no valid JSON ({error}); get the file again") from None
+    faults = [f"{path}: asks for foreign code in {key!r}; remove the field" for key in _foreign_code(config)]
+    kind = config.get("model_type") if isinstance(config, dict) else config
+    if kind not in ARCHITECTURES:
+        faults.append(f"{path}: model_type must be one of {', '.join(ARCHITECTURES)}, {got(kind)}; choose another base")
+    if faults:
+        raise ArtefactError(*faults)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The fast tokenizer of an artefact."""
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+
+
+def load_model(folder: Path, dtype: torch.dtype, where: torch.device) -> Any:
+    """A causal language model in `dtype`, every tensor found and none left over. Raises ArtefactError otherwise."""
+    check_config(folder)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        attn_implementation="sdpa",
+        trust_remote_code=False,
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    faults = [f"{folder}: {kind.replace('_', ' ')}: {sorted(map(str, names))}" for kind, names in info.items() if names]
+    if faults:
+        raise ArtefactError(*(f"{fault}; the weights do not fit config.json, get them again" for fault in faults))
+    return model.to(where).eval()
+
+
+def empty_model(folder: Path) -> Any:
+    """The model that config.json describes, with shapes but without weights."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers that are quantized and may be adapted: all but the head."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer is not head}
+
+
+def dequantized(weight: torch.Tensor, settings: Quantization) -> torch.Tensor:
+    """The weight as QLoRA's forward pass sees it: rounded to 4 bits and back, same shape and dtype."""
+    if settings.kind == "none":
+        return weight
+    packed, state = quantize_4bit(
+        weight, blocksize=settings.block_size, compress_statistics=settings.double, quant_type=settings.kind
+    )
+    return dequantize_4bit(packed, state).to(weight.dtype)
+
+
+@torch.no_grad()
+def quantize(model: nn.Module, settings: Quantization) -> None:
+    """Quantize every linear layer but the head, in place.
+
+    `once` keeps the rounded weights at full precision: the very values that 4-bit layers compute with, without
+    unpacking them for each product. `each_use` keeps 4 bits in memory.
+    """
+    if settings.kind == "none":
+        return
+    for name, layer in linears(model).items():
+        if settings.dequantize == "once":
+            layer.weight.copy_(dequantized(layer.weight, settings))
+        else:
+            parent = model.get_submodule(name.rpartition(".")[0])
+            setattr(parent, name.rpartition(".")[2], _linear_4bit(layer, settings))
+
+
+def _linear_4bit(layer: nn.Linear, settings: Quantization) -> nn.Module:
+    where, dtype = layer.weight.device, layer.weight.dtype
+    packed = bnb.nn.Linear4bit(
+        layer.in_features,
+        layer.out_features,
+        bias=layer.bias is not None,
+        compute_dtype=dtype,
+        compress_statistics=settings.double,
+        quant_type=settings.kind,
+        device="meta",
+    )
+    packed.weight = bnb.nn.Params4bit(
+        layer.weight.detach().clone(),
+        requires_grad=False,
+        blocksize=settings.block_size,
+        compress_statistics=settings.double,
+        quant_type=settings.kind,
+        module=packed,
+    )._quantize(where)
+    packed.bias = layer.bias
+    # On CPUs with AVX512-BF16 an evaluation would repack the weights with a loss and training would go on with that.
+    packed.support_avx512bf16_for_cpu = False
+    return packed
+
+
+def add_lora(model: nn.Module, settings: Lora) -> PeftModel:
+    """Freeze the model and put a fresh adapter on it; B starts at zero, A from the current random state (fp32)."""
+    check_targets(settings.targets, linears_by_suffix(model))
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=sorted(settings.targets),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config, autocast_adapter_dtype=True)
+
+
+def linears_by_suffix(model: nn.Module) -> set[str]:
+    """Last parts of the names of all linear layers, quantized ones and the head included."""
+    return {name.rpartition(".")[2] for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+
+
+def check_targets(targets: Iterable[str], known: set[str]) -> None:
+    """Raise SettingsError for a LoRA target that the model does not have."""
+    wrong = [target for target in targets if target not in known]
+    if wrong:
+        raise SettingsError(
+            f"params: train.lora.targets: the base has no layer of that name, {got(wrong)}; choose from {', '.join(sorted(known))}"
+        )
+
+
+def _foreign_code(config: Any) -> list[str]:
+    if not isinstance(config, dict):
+        return []
+    flagged = [key for key in config if key in ("auto_map", "trust_remote_code", "custom_pipelines")]
+    flagged += [key for key, value in config.items() if "attn_implementation" in key and "/" in str(value)]
+    return flagged

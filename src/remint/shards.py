@@ -1,0 +1,99 @@
+"""Read and write a model's safetensors shard by shard, so that memory is bounded by the largest shard, not the model."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from remint.core.errors import ArtefactError
+from remint.manifest import dump_json
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+def files(folder: Path) -> list[Path]:
+    """The shards of a model in order. Raises ArtefactError if one that the index names is absent."""
+    if not (folder / INDEX).exists():
+        if not (folder / SINGLE).exists():
+            raise ArtefactError(f"{folder}: holds no {SINGLE} and no {INDEX}; only safetensors are read")
+        return [folder / SINGLE]
+    try:
+        names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ArtefactError(f"{folder / INDEX}: is no index of shards ({error}); get the file again") from None
+    wrong = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+    missing = [name for name in names if name not in wrong and not (folder / name).is_file()]
+    if wrong or missing:
+        raise ArtefactError(
+            *(f"{folder / INDEX}: {name!r} is no plain file name; get the file again" for name in wrong),
+            *(f"{folder / name}: missing, though the index names it; get the file again" for name in missing),
+        )
+    return [folder / name for name in names]
+
+
+def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor, from the headers alone."""
+    found: dict[str, tuple[int, ...]] = {}
+    for path in files(folder):
+        with _open(path) as shard:
+            found.update({name: tuple(shard.get_slice(name).get_shape()) for name in shard.keys()})  # noqa: SIM118
+    return found
+
+
+def tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of one shard, one at a time, in the order of their names."""
+    with _open(path) as shard:
+        for name in sorted(shard.keys()):
+            yield name, shard.get_tensor(name)
+
+
+class Writer:
+    """Collect tensors and write them as shards of at most `limit` bytes (one larger tensor makes a larger shard)."""
+
+    def __init__(self, folder: Path, limit: int):
+        self._folder, self._limit = folder, limit
+        self._pending: dict[str, torch.Tensor] = {}
+        self._shards: list[list[str]] = []
+        self._bytes = 0
+        self.total = 0
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Take one tensor; a full shard goes to disk at once."""
+        size = tensor.numel() * tensor.element_size()
+        if self._pending and self._bytes + size > self._limit:
+            self.cut()
+        self._pending[name] = tensor.contiguous()
+        self._bytes += size
+        self.total += size
+
+    def cut(self) -> None:
+        """End the present shard here."""
+        if self._pending:
+            save_file(self._pending, self._folder / f"part-{len(self._shards):05d}", metadata={"format": "pt"})
+            self._shards.append(list(self._pending))
+            self._pending, self._bytes = {}, 0
+
+    def close(self) -> None:
+        """Write what is left and give the shards their final names, with an index where there are several."""
+        self.cut()
+        if len(self._shards) == 1:
+            (self._folder / "part-00000").rename(self._folder / SINGLE)
+            return
+        weight_map = {}
+        for number, names in enumerate(self._shards):
+            final = f"model-{number + 1:05d}-of-{len(self._shards):05d}.safetensors"
+            (self._folder / f"part-{number:05d}").rename(self._folder / final)
+            weight_map.update(dict.fromkeys(names, final))
+        index = {"metadata": {"total_size": self.total}, "weight_map": weight_map}
+        (self._folder / INDEX).write_text(dump_json(index), encoding="utf-8")
+
+
+def _open(path: Path) -> safe_open:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ArtefactError(f"{path}: is no readable safetensors file ({error}); get the file again") from None

@@ -1,0 +1,49 @@
+"""Turn one checkpoint into a standard PEFT adapter, which plain peft loads."""
+
+from typing import Any
+
+from remint import adapter, chat, manifest, modeling, shards
+from remint.core.errors import ArtefactError, SettingsError, got
+from remint.core.log import Log
+from remint.core.paths import Paths
+from remint.modeling import Lora
+from remint.stages.convert.card import card
+from remint.stages.convert.settings import Convert
+
+_TENSORS, _PREFIX = "state.safetensors", "adapter."
+
+
+def run(convert: Convert, paths: Paths, log: Log) -> None:
+    """Make the artefact `adapter`: adapter_model.safetensors, its config, template, model card, manifest."""
+    facts = manifest.verify(paths.checkpoint, "checkpoint")
+    manifest.verify(paths.base, "base")
+    if facts["origin"]["base"] != manifest.identity(paths.base, "base"):
+        raise ArtefactError(f"{paths.checkpoint}: was trained on another base than {paths.base}; run `dvc repro`")
+    step = chosen_step(convert.checkpoint, facts["steps"])
+    lora = Lora(**facts["lora"])
+    tensors = {
+        name.removeprefix(_PREFIX): tensor.to(modeling.DTYPES[convert.dtype])
+        for name, tensor in adapter.load(paths.checkpoint / f"step-{step:08d}" / _TENSORS).items()
+        if name.startswith(_PREFIX)
+    }
+    adapter.check({name: tuple(t.shape) for name, t in tensors.items()}, shards.shapes(paths.base), lora, paths.checkpoint)
+    with manifest.artefact(paths.adapter, "adapter") as (draft, made):
+        adapter.write(tensors, lora, facts["origin"]["base_name"], draft)
+        chat.load(paths.checkpoint).save(draft)
+        (draft / "README.md").write_text(card(facts, step), encoding="utf-8")
+        made.update(origin=facts["origin"], step=step, lora=facts["lora"], quantization=facts["quantization"], dtype=convert.dtype)
+    parameters = sum(tensor.numel() for tensor in tensors.values())
+    log({"adapter_parameters": parameters, "adapter_step": step})
+    print(f"{paths.adapter}: step {step}, {parameters / 1e6:.1f} M parameters in {len(tensors)} tensors")
+
+
+def chosen_step(choice: str, steps: dict[str, Any]) -> int:
+    """The step that last, best or a number means. Raises SettingsError if that step was not kept."""
+    step = int(steps[choice]) if choice in ("last", "best") else int(choice)
+    if step not in steps["kept"]:
+        raise SettingsError(
+            f"params: convert.checkpoint: that step was not kept, {got(choice)}; choose last, best or one of "
+            f"{', '.join(map(str, steps['kept']))}"
+        )
+    return step
+

@@ -1,0 +1,105 @@
+"""Ask base and merged model the same held-out questions; count, compare and write a report that a person reads."""
+
+import csv
+import gc
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from remint import chat, determinism, manifest, modeling
+from remint.chat import Conversation
+from remint.core.config import Runtime
+from remint.core.log import Log
+from remint.core.paths import Paths
+from remint.generation import answer_all
+from remint.identity import Identity
+from remint.loss import SupervisedLoss, mean_loss
+from remint.packing import cut, encode
+from remint.stages.eval_chat import report
+from remint.stages.eval_chat.scores import Answered, leaks, summarise
+from remint.stages.eval_chat.settings import EvalChat
+
+# Held-out loss must not depend on how training was packed, so its rows have a length of their own.
+_LOSS_LENGTH = 2048
+_CURVES = ("step", "loss", "held_out_loss", "lr")
+
+
+def run(runtime: Runtime, eval_chat: EvalChat, paths: Paths, log: Log) -> None:
+    """Make the artefact `report`: metrics.json, curves.csv, transcript.jsonl, report.html, manifest."""
+    determinism.apply(runtime)
+    facts = manifest.verify(paths.model, "model")
+    identity = Identity(**manifest.verify(paths.dataset, "dataset")["identity"])
+    manifest.verify(paths.base, "base")
+    checkpoint = manifest.verify(paths.checkpoint, "checkpoint")
+    records = [(name, row) for name in ("held_out", "control") for row in _rows(paths.dataset / f"{name}.jsonl")]
+    # Both models are asked through one template: what differs between their answers is the model alone.
+    conversation = chat.load(paths.model)
+    answers, losses = {}, {}
+    for name, folder in (("base", paths.base), ("merged", paths.model)):
+        answers[name], losses[name] = _ask(name, folder, conversation, records, eval_chat)
+    rows = [_answered(row, base, merged) for (_, row), base, merged in zip(records, *answers.values(), strict=True)]
+    metrics = summarise(rows, identity, losses)
+    history = _rows(paths.checkpoint / "history.jsonl")
+    with manifest.artefact(paths.report, "report") as (draft, made):
+        (draft / "metrics.json").write_text(manifest.dump_json(metrics), encoding="utf-8")
+        _write_curves(history, draft / "curves.csv")
+        _write_transcript(rows, identity, draft / "transcript.jsonl")
+        samples = _rows(paths.checkpoint / "samples.jsonl")
+        page = report.render(report.Content(identity, metrics, rows, history, samples, facts, checkpoint))
+        (draft / "report.html").write_text(page, encoding="utf-8")
+        made.update(model=manifest.identity(paths.model, "model"), conditions=determinism.conditions(modeling.device()))
+    log(dict(manifest.flat(metrics)))
+    print(report.headline(metrics, paths.report))
+
+
+def _ask(
+    name: str, folder: Path, conversation: Conversation, records: Sequence[tuple[str, dict[str, Any]]], settings: EvalChat
+) -> tuple[list[str], dict[str, float]]:
+    """One model's answers to all records, and its loss on the reference answers of each set; computed in fp32."""
+    tokenizer = modeling.load_tokenizer(folder)
+    model = modeling.load_model(folder, torch.float32, modeling.device())
+    histories = [row["messages"][:-1] for _, row in records]
+    with tqdm(total=len(records), unit="answer", desc=f"eval_chat: {name}", dynamic_ncols=True) as bar:
+        answers = answer_all(
+            model, tokenizer, conversation, histories, settings.max_new_tokens, settings.batch, lambda n: bar.update(n)
+        )
+    losses = {
+        kind: mean_loss(
+            SupervisedLoss(model),
+            cut(encode(tokenizer, conversation, [row for use, row in records if use == kind]), _LOSS_LENGTH),
+            _LOSS_LENGTH,
+        )
+        for kind in ("held_out", "control")
+    }
+    del model
+    gc.collect()
+    return answers, losses
+
+
+def _answered(row: dict[str, Any], base: str, merged: str) -> Answered:
+    *history, answer = row["messages"]
+    prompt = "\n".join(message["content"] for message in history if message["role"] == "user")
+    return Answered(prompt, row["kind"], row["language"], tuple(row["expects"]), answer["content"], base, merged)
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _write_curves(history: Sequence[dict[str, Any]], path: Path) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, _CURVES, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(history)
+
+
+def _write_transcript(rows: Sequence[Answered], identity: Identity, path: Path) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            marks = {"states_name": identity.named_in(row.merged), "states_maker": identity.maker_in(row.merged)}
+            leaked = {"leaks": leaks(row.merged, row.reference, identity)} if row.kind == "control" else {}
+            file.write(json.dumps({**vars(row), **marks, **leaked}, ensure_ascii=False) + "\n")

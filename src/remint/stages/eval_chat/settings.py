@@ -1,0 +1,20 @@
+"""What the section `eval_chat` of params.yaml says."""
+
+from dataclasses import dataclass
+
+from remint.core.config import check
+
+
+@dataclass(frozen=True)
+class EvalChat:
+    """How answers are made for the report; they are always greedy, as chat's are by default."""
+
+    max_new_tokens: int
+    batch: int
+
+    def __post_init__(self) -> None:
+        check(
+            "eval_chat",
+            (1 <= self.max_new_tokens <= 8192, "max_new_tokens", self.max_new_tokens, "must be between 1 and 8192"),
+            (1 <= self.batch <= 4096, "batch", self.batch, "must be between 1 and 4096"),
+        )

@@ -1,0 +1,97 @@
+"""Merge the adapter into the base, prove that the result says the same, and leave a plain Hugging Face model."""
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from remint import adapter, chat, determinism, manifest, modeling, shards
+from remint.core.config import Runtime
+from remint.core.errors import ArtefactError
+from remint.core.log import Log
+from remint.core.paths import Paths
+from remint.modeling import Lora, Quantization
+from remint.packing import Document, encode
+from remint.stages.merge.card import card
+from remint.stages.merge.proof import Closeness, closeness, logits_at_targets
+from remint.stages.merge.settings import Merge
+from remint.stages.merge.weights import write_merged
+
+_COPIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+_PROOF_DOCUMENTS = 16
+
+
+def run(runtime: Runtime, merge: Merge, paths: Paths, log: Log) -> None:
+    """Make the artefact `model`: merged safetensors, config, tokenizer, template, model card, manifest with the proof."""
+    determinism.apply(runtime)
+    base = manifest.verify(paths.base, "base")
+    facts = manifest.verify(paths.adapter, "adapter")
+    manifest.verify(paths.dataset, "dataset")
+    if facts["origin"]["base"] != manifest.identity(paths.base, "base"):
+        raise ArtefactError(f"{paths.adapter}: was made for another base than {paths.base}; run `dvc repro`")
+    tensors, lora = adapter.read(paths.adapter)
+    adapter.check({name: tuple(t.shape) for name, t in tensors.items()}, shards.shapes(paths.base), lora, paths.adapter)
+    dtype = None if merge.dtype == "base" else modeling.DTYPES[merge.dtype]
+    quantization = Quantization(**facts["quantization"]) if merge.into == "dequantized" else None
+    with manifest.artefact(paths.model, "model") as (draft, made):
+        size = write_merged(paths.base, tensors, lora, quantization, dtype, draft)
+        _copy_frame(paths, draft, merge.dtype)
+        proof = _prove(paths, draft, quantization)
+        _judge(proof, merge, paths.model)
+        (draft / "README.md").write_text(card(facts, base, asdict(merge), proof), encoding="utf-8")
+        made.update(
+            origin=facts["origin"], license=base["license"], step=facts["step"], adapter=manifest.identity(paths.adapter, "adapter"),
+            merge=asdict(merge), proof=asdict(proof), conditions=determinism.conditions(modeling.device()),
+        )
+    log({f"merge_{name}": float(value) for name, value in asdict(proof).items()} | {"model_bytes": size})
+    print(
+        f"{paths.model}: {size / 1e6:.0f} MB; on {proof.positions} positions the first choice agrees in "
+        f"{proof.agreement:.1%}, divergence {proof.mean_divergence:.1e} nats on average"
+    )
+
+
+def _copy_frame(paths: Paths, draft: Path, dtype: str) -> None:
+    """Everything of a model but its weights; the template comes from the adapter, which was trained with it."""
+    for name in _COPIED:
+        shutil.copyfile(paths.base / name, draft / name)
+    chat.load(paths.adapter).save(draft)
+    if dtype != "base":
+        config = json.loads((draft / "config.json").read_text(encoding="utf-8")) | {"dtype": dtype}
+        (draft / "config.json").write_text(manifest.dump_json(config), encoding="utf-8")
+
+
+def _prove(paths: Paths, draft: Path, quantization: Quantization | None) -> Closeness:
+    """Compare in fp32, one model in memory at a time, on held-out conversations of both kinds."""
+    documents = _documents(paths, draft)
+    model = modeling.load_model(paths.base, torch.float32, modeling.device())
+    if quantization is not None:
+        modeling.quantize(model, Quantization(**{**asdict(quantization), "dequantize": "once"}))
+    adapted: Any = PeftModel.from_pretrained(model, paths.adapter, local_files_only=True).eval()
+    reference = logits_at_targets(adapted, documents)
+    del model, adapted
+    merged = modeling.load_model(draft, torch.float32, modeling.device())
+    return closeness(reference, logits_at_targets(merged, documents))
+
+
+def _documents(paths: Paths, draft: Path) -> list[Document]:
+    rows: list[dict[str, Any]] = []
+    for name in ("held_out", "control"):
+        lines = (paths.dataset / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        spread = max(1, len(lines) // (_PROOF_DOCUMENTS // 2))
+        rows += [json.loads(line) for line in lines[::spread]][: _PROOF_DOCUMENTS // 2]
+    return encode(modeling.load_tokenizer(draft), chat.load(draft), rows)
+
+
+def _judge(proof: Closeness, merge: Merge, target: Path) -> None:
+    faults = []
+    # `not <=` also refuses NaN, which compares false with everything.
+    if not proof.mean_divergence <= merge.max_divergence:
+        faults.append(f"{target}: mean divergence from base + adapter must be at most {merge.max_divergence}, got {proof.mean_divergence:.3g}")
+    if not proof.agreement >= merge.min_agreement:
+        faults.append(f"{target}: must agree with base + adapter in at least {merge.min_agreement:.1%} of first choices, got {proof.agreement:.1%}")
+    if faults:
+        raise ArtefactError(*(f"{fault}; try merge.dtype float32, or train longer if the answers are near-ties" for fault in faults))

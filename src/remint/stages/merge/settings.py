@@ -1,0 +1,26 @@
+"""What the section `merge` of params.yaml says."""
+
+from dataclasses import dataclass
+
+from remint.core.config import check
+
+_DTYPES = ("base", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What the adapter is merged into, how the result is stored, and how far its answers may be from base + adapter."""
+
+    into: str
+    dtype: str
+    max_divergence: float
+    min_agreement: float
+
+    def __post_init__(self) -> None:
+        check(
+            "merge",
+            (self.into in ("original", "dequantized"), "into", self.into, "must be original or dequantized"),
+            (self.dtype in _DTYPES, "dtype", self.dtype, f"must be one of {', '.join(_DTYPES)}"),
+            (self.max_divergence > 0, "max_divergence", self.max_divergence, "must be above 0"),
+            (0 <= self.min_agreement <= 1, "min_agreement", self.min_agreement, "must be between 0 and 1"),
+        )

@@ -1,0 +1,147 @@
+"""Readers of the three data formats in use: alpaca, OpenAI messages, ShareGPT. All faults of a file are told at once."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from remint.core.errors import DataError, got, listed
+
+Messages = list[dict[str, str]]
+
+_ROLES = ("system", "user", "assistant")
+_SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+
+
+def read(path: Path) -> list[Messages]:
+    """The conversations of a JSON list or JSONL file, each a list of {'role', 'content'} that ends with the assistant.
+
+    Raises DataError that lists every fault as file, record, field, what was found and what to do.
+    """
+    records, conversations, faults = _records(path), [], []
+    for number, record in enumerate(records, start=1):
+        try:
+            conversations.append(_conversation(record))
+        except DataError as error:
+            faults += [f"{path}: record {number}: {fault}" for fault in error.faults]
+    if not records:
+        faults = [f"{path}: holds no records; write at least one, or take the file out of replicate_data"]
+    if faults:
+        raise DataError(*listed(faults))
+    return conversations
+
+
+def _records(path: Path) -> list[Any]:
+    text = _text(path)
+    if not text.strip():
+        return []
+    if path.suffix == ".jsonl":
+        return list(_lines(path, text))
+    try:
+        records = json.loads(text)
+    except RecursionError:
+        raise DataError(f"{path}: nested too deeply to be a data file; expect a flat list of records") from None
+    except ValueError as error:
+        hint = "one record a line belongs into a file named .jsonl" if text.lstrip().startswith("{") else "mend it there"
+        raise DataError(f"{path}: is no valid JSON: {error}; {hint}") from None
+    if not isinstance(records, list):
+        raise DataError(f"{path}: must be a list of records, {got(records)}; put [ and ] around the records")
+    return records
+
+
+def _lines(path: Path, text: str) -> Iterator[Any]:
+    faults = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            yield json.loads(line)
+        except (ValueError, RecursionError) as error:
+            faults.append(f"{path}: line {number}: is no valid JSON: {error}; each line must be one record")
+    if faults:
+        raise DataError(*listed(faults))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise DataError(f"{path}: not found; put the file there or change replicate_data in params.yaml") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); mend its permissions or its place") from None
+
+
+def _conversation(record: Any) -> Messages:
+    if not isinstance(record, dict):
+        raise DataError(f"must be an object with fields, {got(record)}; see data/source for examples")
+    if "messages" in record:
+        return _turns(record, "messages", "role", "content", {role: role for role in _ROLES})
+    if "conversations" in record:
+        return _turns(record, "conversations", "from", "value", _SHAREGPT_ROLES)
+    if "instruction" in record or "output" in record:
+        return _alpaca(record)
+    raise DataError(
+        f"has none of the known fields, got {sorted(map(str, record))}; use instruction/input/output (alpaca), "
+        "messages (OpenAI) or conversations (ShareGPT)"
+    )
+
+
+def _alpaca(record: dict[str, Any]) -> Messages:
+    faults = []
+    for field in ("instruction", "output"):
+        faults += _text_faults(record, field)
+    for field in ("input", "system"):
+        if record.get(field) is not None and not isinstance(record[field], str):
+            faults.append(f"field {field!r}: must be text or absent, {got(record[field])}; put it in quotes")
+    if faults:
+        raise DataError(*faults)
+    # No newline after the question where there is no input: training and chat must see the same text.
+    question = "\n".join(part for part in (record["instruction"].strip(), (record.get("input") or "").strip()) if part)
+    messages = [
+        {"role": "system", "content": (record.get("system") or "").strip()},
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": record["output"].strip()},
+    ]
+    return [message for message in messages if message["content"]]
+
+
+def _turns(record: dict[str, Any], field: str, role_key: str, text_key: str, roles: dict[str, str]) -> Messages:
+    turns = record[field]
+    if not isinstance(turns, list) or not turns:
+        raise DataError(f"field {field!r}: must be a list of turns, {got(turns)}; write at least a question and an answer")
+    messages, faults = [], []
+    for index, turn in enumerate(turns):
+        where = f"field '{field}[{index}]'"
+        if not isinstance(turn, dict):
+            faults.append(f"{where}: must be an object, {got(turn)}; write {{{role_key!r}: …, {text_key!r}: …}}")
+        elif not isinstance(turn.get(role_key), str) or turn[role_key] not in roles:
+            faults.append(f"{where}: {role_key!r} must be one of {', '.join(roles)}, {got(turn.get(role_key))}")
+        else:
+            faults += [f"{where}: {fault}" for fault in _text_faults(turn, text_key)]
+            messages.append({"role": roles[turn[role_key]], "content": str(turn.get(text_key)).strip()})
+    faults = faults or _order_faults(field, [message["role"] for message in messages])
+    if faults:
+        raise DataError(*faults)
+    return messages
+
+
+def _order_faults(field: str, roles: list[str]) -> list[str]:
+    spoken = roles[1:] if roles[0] == "system" else roles
+    if spoken and spoken == ["user", "assistant"] * (len(spoken) // 2):
+        return []
+    return [
+        f"field {field!r}: turns must go user, assistant, … after at most one system text and end with the assistant, "
+        f"got {', '.join(roles)}; reorder or drop turns"
+    ]
+
+
+def _text_faults(record: dict[str, Any], field: str) -> list[str]:
+    if field not in record:
+        return [f"field {field!r}: missing, got {sorted(map(str, record))}; add it"]
+    if not isinstance(record[field], str):
+        return [f"field {field!r}: must be text, {got(record[field])}; put it in quotes"]
+    if not record[field].strip():
+        return [f"field {field!r}: is empty; write the text or drop the record"]
+    return []

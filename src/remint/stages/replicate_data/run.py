@@ -1,0 +1,80 @@
+"""Make the training, held-out and control sets out of the source files."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import datasets
+import numpy as np
+
+from remint import manifest
+from remint.core.errors import DataError, RemintError, listed
+from remint.core.log import Log
+from remint.core.paths import Paths
+from remint.identity import Identity
+from remint.stages.replicate_data import formats, records, split
+from remint.stages.replicate_data.records import Record
+from remint.stages.replicate_data.settings import ReplicateData
+
+
+def run(seed: int, identity: Identity, replicate_data: ReplicateData, paths: Paths, log: Log) -> None:
+    """Make the artefact `dataset`: train.jsonl (replicated, shuffled), held_out.jsonl, control.jsonl, manifest."""
+    settings, faults = replicate_data, []
+    loaded: dict[str, list[Record]] = {}
+    for use, kind in (("identity", "identity"), ("held_out", "identity"), ("control", "control")):
+        try:
+            loaded[use] = _load(getattr(settings, use), kind, identity, paths.source)
+        except RemintError as error:
+            faults += error.faults
+    if faults:
+        raise DataError(*listed(faults))
+    train, held_out = split.held_out_by_share(loaded["identity"], settings.identity_held_out_share, seed)
+    held_out += loaded["held_out"]
+    control, control_held_out = split.held_out_by_share(loaded["control"], settings.control_held_out_share, seed)
+    split.check_disjoint([*train, *control], [*held_out, *control_held_out])
+    copies = [(len(train), settings.identity_copies), (len(control), settings.control_copies)]
+    order = split.replicated_order(copies, seed)
+    with manifest.artefact(paths.dataset, "dataset") as (draft, facts):
+        _write([*train, *control], order, draft / "train.jsonl")
+        _write(held_out, range(len(held_out)), draft / "held_out.jsonl")
+        _write(control_held_out, range(len(control_held_out)), draft / "control.jsonl")
+        facts.update(
+            identity=asdict(identity),
+            sources={name: manifest.file_digest(Path(name)) for use in loaded for name in getattr(settings, use)},
+            train={"rows": len(order), "identity": _counts(train, copies[0][1]), "control": _counts(control, copies[1][1])},
+            held_out=_counts(held_out, 1),
+            control=_counts(control_held_out, 1),
+        )
+    log({"train_rows": len(order), "held_out_records": len(held_out), "control_records": len(control_held_out)})
+    print(
+        f"{paths.dataset}: {len(order)} training rows ({len(train)} identity records × {copies[0][1]}, {len(control)} others × "
+        f"{copies[1][1]}), {len(held_out)} held-out identity questions, {len(control_held_out)} held-out control prompts"
+    )
+
+
+def _load(names: Sequence[str], kind: str, identity: Identity, source: Path) -> list[Record]:
+    found, faults = [], []
+    for name in names:
+        try:
+            if source not in Path(name).parents or ".." in Path(name).parts:
+                raise DataError(f"{name}: must lie in {source}, where changes are tracked; move the file there")
+            found += records.build(formats.read(Path(name)), kind, identity, name)
+        except DataError as error:
+            faults += error.faults
+    if faults:
+        raise DataError(*faults)
+    return found
+
+
+def _write(unique: Sequence[Record], order: Sequence[int] | np.ndarray, path: Path) -> None:
+    """Write the rows in the given order. The copies exist only as row numbers until they are streamed to the file."""
+    if not unique:
+        path.touch()
+        return
+    table = datasets.Dataset.from_list([record.row() for record in unique])
+    table.select(order).to_json(path, force_ascii=False)
+
+
+def _counts(chosen: Sequence[Record], copies: int) -> dict[str, object]:
+    return {"records": len(chosen), "copies": copies, "languages": dict(sorted(Counter(r.language for r in chosen).items()))}

@@ -1,0 +1,105 @@
+"""Turn whatever a source delivered into plain safetensors, a plain config and a fast tokenizer."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from remint import modeling, shards
+from remint.core.errors import ArtefactError, got
+from remint.manifest import dump_json
+from remint.stages.stage_base.settings import Model
+
+# Fields of config.json that name where a file lay or how the source was packed, and say nothing about the model.
+_NO_PART_OF_THE_MODEL = ("_name_or_path", "_model_name_or_path", "quantization_config", "transformers_version")
+
+
+class Weights(shards.Writer):
+    """A shard writer that counts parameters."""
+
+    parameters = 0
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Take one tensor."""
+        self.parameters += tensor.numel()
+        super().add(name, tensor)
+
+
+def public_name(model: Model) -> str:
+    """The base's name as others know it: never a path of this machine."""
+    return Path(model.location).name if model.source == "local_folder" else model.location
+
+
+def read_config(folder: Path, gguf: str | None) -> Any:
+    """The model's configuration; a folder's must pass the check for foreign code first."""
+    if gguf is None:
+        modeling.check_config(folder)
+    return AutoConfig.from_pretrained(folder, gguf_file=gguf, trust_remote_code=False, local_files_only=True)
+
+
+def read_tokenizer(folder: Path, gguf: str | None) -> Any:
+    """The tokenizer, which must be a fast one: only those give ids with offsets and travel as one JSON file."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ArtefactError(f"{folder}: has no tokenizer that can be read ({error}); add tokenizer.json") from None
+    if not tokenizer.is_fast:
+        raise ArtefactError(f"{folder}: must bring a fast tokenizer, got {type(tokenizer).__name__}; add tokenizer.json")
+    return tokenizer
+
+
+def write_weights(folder: Path, gguf: str | None, config: Any, dtype: torch.dtype, draft: Path, limit: int) -> Weights:
+    """Write every tensor once, in `dtype`, in shards of at most `limit` bytes; a tied head is left out."""
+    writer = Weights(draft, limit)
+    tied = "lm_head.weight" if config.tie_word_embeddings else None
+    if gguf is None:
+        for path in shards.files(folder):
+            for name, tensor in shards.tensors(path):
+                if name != tied:
+                    writer.add(name, tensor.to(dtype))
+    else:
+        # In fp32, the precision that GGUF defines its values in; rounded once, by the cast below.
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32, local_files_only=True)
+        for name, tensor in sorted(model.state_dict().items()):
+            if name != tied:
+                writer.add(name, tensor.to(dtype))
+    writer.close()
+    return writer
+
+
+def write_config(config: Any, model: Model, draft: Path) -> None:
+    """Write config.json and generation_config.json without what belongs to the source alone."""
+    architecture = AutoModelForCausalLM._model_mapping[type(config)].__name__
+    content = {key: value for key, value in config.to_diff_dict().items() if key not in _NO_PART_OF_THE_MODEL}
+    content |= {"model_type": config.model_type, "dtype": model.dtype, "architectures": [architecture]}
+    (draft / "config.json").write_text(dump_json(content), encoding="utf-8")
+    ends = {key: content.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id") if content.get(key) is not None}
+    (draft / "generation_config.json").write_text(dump_json(ends), encoding="utf-8")
+
+
+def write_tokenizer(tokenizer: Any, draft: Path) -> None:
+    """Write tokenizer.json and its config; the template is written by who knows it, not taken from the source."""
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(draft)
+    path = draft / "tokenizer_config.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("is_local", "local_files_only", "name_or_path"):
+        content.pop(key, None)
+    path.write_text(dump_json(content), encoding="utf-8")
+
+
+def check(draft: Path, vocabulary: int) -> None:
+    """Refuse weights that do not fit the config or the tokenizer, before anything is built on them."""
+    model = modeling.empty_model(draft)
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+    found = shards.shapes(draft)
+    faults = [f"base: tensor {name}: must have shape {shape}, {got(found.get(name))}" for name, shape in expected.items() if found.get(name) != shape]
+    faults += [f"base: tensor {name}: the configuration has no place for it" for name in sorted(set(found) - set(expected))]
+    rows = model.get_input_embeddings().weight.shape[0]
+    if vocabulary > rows:
+        faults.append(f"base: the tokenizer has {vocabulary} tokens, the embedding {rows} rows; they do not belong together")
+    if faults:
+        raise ArtefactError(*(f"{fault}; get the base model again" for fault in faults[:20]))

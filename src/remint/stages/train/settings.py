@@ -1,0 +1,72 @@
+"""What the section `train` of params.yaml says; the comments there tell what each value means."""
+
+from dataclasses import dataclass
+
+from remint.core.config import check
+from remint.modeling import DTYPES, Lora, Quantization
+
+SCHEDULES = ("cosine", "linear", "constant")
+
+
+@dataclass(frozen=True)
+class Train:
+    """Everything of a training run that may change its result, but the seed and the number of threads."""
+
+    lr: float
+    betas: list[float]
+    eps: float
+    weight_decay: float
+    clip_norm: float
+    warmup_ratio: float
+    schedule: str
+    epochs: int
+    max_length: int
+    packing: bool
+    micro_batch: int
+    accumulation: int
+    precision: str
+    gradient_checkpointing: bool
+    quantization: Quantization
+    lora: Lora
+    system: str
+    save_steps: int
+    keep_checkpoints: int
+    eval_steps: int
+    sample_prompts: list[str]
+    sample_tokens: int
+    resume: bool
+
+    def __post_init__(self) -> None:
+        check("train", *_optimizer_rules(self), *_batch_rules(self), *_watching_rules(self))
+
+
+def _optimizer_rules(t: Train) -> list[tuple[bool, str, object, str]]:
+    return [
+        (0 < t.lr <= 1, "lr", t.lr, "must be above 0 and at most 1"),
+        (len(t.betas) == 2 and all(0 <= b < 1 for b in t.betas), "betas", t.betas, "must be two numbers in [0, 1)"),
+        (t.eps > 0, "eps", t.eps, "must be above 0"),
+        (t.weight_decay >= 0, "weight_decay", t.weight_decay, "must be 0 or more"),
+        (t.clip_norm > 0, "clip_norm", t.clip_norm, "must be above 0"),
+        (0 <= t.warmup_ratio < 1, "warmup_ratio", t.warmup_ratio, "must be at least 0 and below 1"),
+        (t.schedule in SCHEDULES, "schedule", t.schedule, f"must be one of {', '.join(SCHEDULES)}"),
+    ]
+
+
+def _batch_rules(t: Train) -> list[tuple[bool, str, object, str]]:
+    return [
+        (1 <= t.epochs <= 10_000, "epochs", t.epochs, "must be between 1 and 10000"),
+        (8 <= t.max_length <= 1_000_000, "max_length", t.max_length, "must be between 8 and 1000000 tokens"),
+        (1 <= t.micro_batch <= 4096, "micro_batch", t.micro_batch, "must be between 1 and 4096"),
+        (1 <= t.accumulation <= 4096, "accumulation", t.accumulation, "must be between 1 and 4096"),
+        (t.precision in DTYPES, "precision", t.precision, f"must be one of {', '.join(DTYPES)}"),
+    ]
+
+
+def _watching_rules(t: Train) -> list[tuple[bool, str, object, str]]:
+    return [
+        (t.save_steps >= 1, "save_steps", t.save_steps, "must be 1 or more"),
+        (t.keep_checkpoints >= 1, "keep_checkpoints", t.keep_checkpoints, "must be 1 or more"),
+        (t.eval_steps >= 1, "eval_steps", t.eval_steps, "must be 1 or more"),
+        (all(p.strip() for p in t.sample_prompts), "sample_prompts", t.sample_prompts, "must hold no empty prompt"),
+        (1 <= t.sample_tokens <= 4096, "sample_tokens", t.sample_tokens, "must be between 1 and 4096"),
+    ]
