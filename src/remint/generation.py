@@ -1,11 +1,13 @@
 """Answer prompts, greedily unless told otherwise: one function for training's samples, evaluation and chat."""
 
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
 
 from remint.chat import Conversation, Message
 from remint.core.config import check
@@ -40,46 +42,47 @@ def answer_all(
 ) -> list[str]:
     """Greedy answers to many conversations, in their order.
 
-    Prompts of equal length are answered together, so that no padding enters the computation; `done` is told how many
-    prompts each batch finished.
+    Prompts of like length are answered together, the shorter ones padded on the left and masked; `done` is told how
+    many prompts each batch finished.
     """
     prompts = [conversation.prompt(tokenizer, history) for history in histories]
-    by_length: dict[int, list[int]] = {}
-    for index, ids in enumerate(prompts):
-        by_length.setdefault(len(ids), []).append(index)
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers = [""] * len(prompts)
-    for _, indices in sorted(by_length.items()):
-        for start in range(0, len(indices), batch):
-            chosen = indices[start : start + batch]
-            rows = generate(
-                model, tokenizer, conversation, [prompts[i] for i in chosen], max_new_tokens, Sampling(), streamer=None
-            )
-            for index, row in zip(chosen, rows, strict=True):
-                answers[index] = decode(tokenizer, row)
-            done(len(chosen))
+    for start in range(0, len(order), batch):
+        chosen = order[start : start + batch]
+        rows = generate(model, conversation.stop_ids(tokenizer), [prompts[i] for i in chosen], max_new_tokens, Sampling())
+        for index, row in zip(chosen, rows, strict=True):
+            answers[index] = decode(tokenizer, row)
+        done(len(chosen))
     return answers
 
 
 @torch.no_grad()
 def generate(
     model: Any,
-    tokenizer: Any,
-    conversation: Conversation,
+    stop: Sequence[int],
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     sampling: Sampling,
-    streamer: Any,
+    streamer: Any = None,
 ) -> list[list[int]]:
-    """New ids for prompts of one common length, without the token that ended each answer."""
-    stop = conversation.stop_ids(tokenizer)
-    chosen = {"do_sample": False}
+    """New ids for each prompt, without the token of `stop` that ended it."""
+    chosen: dict[str, Any] = {"do_sample": False}
     if sampling.temperature > 0:
         chosen = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
-    config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=stop, pad_token_id=stop[0], use_cache=True, **chosen)
-    ids = torch.tensor(list(prompts), device=model.device)
-    mask = torch.ones_like(ids)
-    rows = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer)
-    return [_until(row[ids.shape[1] :].tolist(), stop) for row in rows]
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, eos_token_id=list(stop), pad_token_id=stop[0], use_cache=True, **chosen
+    )
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.full((len(prompts), width), stop[0])
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    rows = model.generate(
+        input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config, streamer=streamer
+    )
+    return [_until(row[width:].tolist(), stop) for row in rows]
 
 
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:
@@ -90,3 +93,36 @@ def decode(tokenizer: Any, ids: Sequence[int]) -> str:
 def _until(ids: list[int], stop: Sequence[int]) -> list[int]:
     ends = [index for index, token in enumerate(ids) if token in stop]
     return ids[: ends[0]] if ends else ids
+
+
+def visible(text: str) -> str:
+    """Text without control characters, which could drive a terminal; line breaks and tabs stay."""
+    return "".join(char for char in text if char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cf"))
+
+
+class Streamer(BaseStreamer):
+    """Prints an answer while it grows, and keeps its ids for the case that it is interrupted."""
+
+    def __init__(self, tokenizer: Any, out: TextIO | None):
+        self.ids: list[int] = []
+        self._tokenizer, self._out = tokenizer, out
+        self._printed, self._prompt_seen = "", False
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take the prompt (first call), then one new id a call."""
+        if not self._prompt_seen:
+            self._prompt_seen = True
+            return
+        self.ids += value.flatten().tolist()
+        self._show(decode(self._tokenizer, self.ids))
+
+    def end(self) -> None:
+        """Nothing is left to print: an unfinished character at the end of an answer is no text."""
+
+    def _show(self, text: str) -> None:
+        # A character of several tokens is shown once it is whole.
+        if self._out is None or text.endswith("\ufffd") or not text.startswith(self._printed):
+            return
+        self._out.write(visible(text[len(self._printed) :]))
+        self._out.flush()
+        self._printed = text

@@ -17,12 +17,14 @@ from remint.stages.replicate_data import formats, records, split
 from remint.stages.replicate_data.records import Record
 from remint.stages.replicate_data.settings import ReplicateData
 
+_USES = {"identity": "identity", "identity_held_out": "identity", "control": "control", "control_held_out": "control"}
+
 
 def run(seed: int, identity: Identity, replicate_data: ReplicateData, paths: Paths, log: Log) -> None:
     """Make the artefact `dataset`: train.jsonl (replicated, shuffled), held_out.jsonl, control.jsonl, manifest."""
     settings, faults = replicate_data, []
     loaded: dict[str, list[Record]] = {}
-    for use, kind in (("identity", "identity"), ("held_out", "identity"), ("control", "control")):
+    for use, kind in _USES.items():
         try:
             loaded[use] = _load(getattr(settings, use), kind, identity, paths.source)
         except RemintError as error:
@@ -30,8 +32,9 @@ def run(seed: int, identity: Identity, replicate_data: ReplicateData, paths: Pat
     if faults:
         raise DataError(*listed(faults))
     train, held_out = split.held_out_by_share(loaded["identity"], settings.identity_held_out_share, seed)
-    held_out += loaded["held_out"]
+    held_out += loaded["identity_held_out"]
     control, control_held_out = split.held_out_by_share(loaded["control"], settings.control_held_out_share, seed)
+    control_held_out += loaded["control_held_out"]
     split.check_disjoint([*train, *control], [*held_out, *control_held_out])
     copies = [(len(train), settings.identity_copies), (len(control), settings.control_copies)]
     order = split.replicated_order(copies, seed)

@@ -1,7 +1,6 @@
 """Bring the base model here, verified, in the one layout that every later stage reads. The only stage with a network."""
 
 import shutil
-from pathlib import Path
 
 from remint import chat, manifest, modeling
 from remint.chat import Conversation
@@ -28,17 +27,14 @@ def run(model: Model, paths: Paths, log: Log) -> None:
         Conversation(model.template, system="").save(draft)
         layout.check(draft, len(tokenizer))
         facts.update(
-            name=layout.public_name(model),
+            name=model.name,
             license=model.license,
             dtype=model.dtype,
             parameters=writer.parameters,
-            source={"kind": model.source, "location": layout.public_name(model), "revision": model.revision, "files": dict(model.files)},
+            source={"kind": model.source, "location": layout.public_name(model), "revision": model.revision},
+            source_files=dict(model.files),
         )
     log({"base_parameters": writer.parameters})
     if model.source != "local_folder":
         shutil.rmtree(scratch, ignore_errors=True)
-    _say(paths.base, writer.parameters, model.dtype)
-
-
-def _say(folder: Path, parameters: int, dtype: str) -> None:
-    print(f"{folder}: {parameters / 1e6:.0f} M parameters in {dtype}, verified")
+    print(f"{paths.base}: {model.name}, {writer.parameters / 1e6:.0f} M parameters in {model.dtype}, verified")

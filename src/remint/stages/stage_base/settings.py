@@ -13,6 +13,7 @@ SOURCES = ("local_folder", "hub", "package_index")
 class Model:
     """Where a base model comes from, what it must contain, and how it is stored and talked to."""
 
+    name: str
     source: str
     location: str
     revision: str | None
@@ -30,6 +31,7 @@ class Model:
         bad_names = [name for name in self.files if name.startswith("/") or ".." in name.split("/")]
         check(
             "model",
+            (bool(self.name.strip()), "name", self.name, "must be what the base model is called"),
             (self.source in SOURCES, "source", self.source, f"must be one of {', '.join(SOURCES)}"),
             (self.source != "hub" or pinned, "revision", self.revision, "must be a commit of 40 hexadecimal digits"),
             (self.source != "package_index" or package, "location", self.location, "must be pinned as name==version"),

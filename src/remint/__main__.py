@@ -1,0 +1,102 @@
+"""The command line: `remint STAGE [key=value …]` runs a stage, `remint chat` talks to the result."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from remint.core.errors import RemintError, Stopped
+
+_COMMANDS = {
+    "chat": "talk to the merged model",
+    "sync": "write the pipeline's present state to MLflow as one run",
+    "summary": "say what was built, how well, and what to type next",
+    "verify": "recompute the checksums of every artefact",
+    "recipes": "list the ready-made params.yaml files",
+    "recipe": "put one of them in place",
+}
+
+
+def main() -> int:
+    """Run one command; returns the exit status. A user's mistake is told in a line each, without a traceback."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0
+    try:
+        return _dispatch(arguments[0], arguments[1:])
+    except Stopped as error:
+        print(error, file=sys.stderr)
+        return error.status
+    except RemintError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _dispatch(name: str, rest: Sequence[str]) -> int:
+    if name in ("recipes", "recipe"):
+        return import_module("remint.recipes").main(name, rest)
+    from remint import fingerprint
+    from remint.core import launch
+
+    known = [*fingerprint.stages(), *_COMMANDS]
+    if name not in known:
+        raise RemintError(f"remint: no such command, got {name!r}; choose from {', '.join(known)}")
+    # Before anything heavy is imported: the process starts anew when a variable is not yet set.
+    launch.restart_with(launch.environment(_threads(rest), network=name == "stage_base"))
+    if name == "chat":
+        return import_module("remint.terminal").main(rest)
+    if name in ("sync", "summary", "verify"):
+        getattr(import_module("remint.tracking" if name == "sync" else "remint.summary"), name)()
+        return 0
+    return run_stage(name, rest)
+
+
+def run_stage(stage: str, rest: Sequence[str]) -> int:
+    """Compose the stage's settings, open tracking, run."""
+    from omegaconf import OmegaConf
+
+    from remint import fingerprint
+    from remint.core import config
+
+    parser = argparse.ArgumentParser(prog=f"remint {stage}", description=f"Run the stage {stage} with settings from params.yaml.")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings for this run alone, like train.lr=1e-3")
+    parser.add_argument("--cfg", action="store_true", help="print the composed settings and stop")
+    options = parser.parse_args(rest)
+    run = import_module(f"remint.stages.{stage}.run").run
+    raw = config.compose_raw(run, options.overrides)
+    if options.cfg:
+        print(OmegaConf.to_yaml(raw, resolve=True), end="")
+        return 0
+    arguments = config.to_objects(run, raw)
+    key = fingerprint.of_stage(stage, raw)
+    if "fingerprint" in run.__annotations__:
+        arguments["fingerprint"] = key
+    with import_module("remint.tracking").stage_run(stage, key, raw) as log:
+        run(**arguments, log=log)
+    return 0
+
+
+def _threads(rest: Sequence[str]) -> int:
+    """The declared number of threads, never the machine's: a mistake in it is told later, where all of them are."""
+    from remint.core.config import load_yaml
+    from remint.core.paths import PARAMS
+
+    runtime = load_yaml(PARAMS).get("runtime")
+    found = [runtime.get("threads") if isinstance(runtime, dict) else None]
+    found += [entry.partition("=")[2] for entry in rest if entry.startswith("runtime.threads=")]
+    return int(found[-1]) if str(found[-1]).isdecimal() and 0 < int(found[-1]) <= 512 else 1
+
+
+def _usage() -> str:
+    lines = ["usage: remint STAGE [key=value …] | remint COMMAND", "", "stages of the pipeline, in order:"]
+    lines += [f"  {stage}" for stage in ("replicate_data", "stage_base", "train", "convert", "merge", "eval_chat")]
+    lines += ["", "commands:", *(f"  {name:<10}{text}" for name, text in _COMMANDS.items())]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""One value that stands for everything a stage's result is made from: settings, code, inputs."""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from remint.core.config import load_yaml
+from remint.core.errors import SettingsError, got
+from remint.core.paths import PARAMS, PIPELINE
+from remint.manifest import NAME, digest, file_digest
+
+
+def of_stage(stage: str, config: DictConfig) -> str:
+    """sha256 (hex) over the stage's composed settings and every dependency that dvc.yaml declares for it."""
+    settings = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(settings, dict)
+    # Where results lie changes nothing in them.
+    settings.pop("paths", None)
+    return digest({"stage": stage, "settings": settings, "dependencies": dependencies(stage)})
+
+
+def stages() -> list[str]:
+    """Names of the stages in the order of the pipeline."""
+    return list(_pipeline())
+
+
+def dependencies(stage: str) -> dict[str, str]:
+    """Each declared dependency of a stage with a digest of its content; an artefact's manifest stands for it."""
+    return {str(path): _content(path) for path in declared(stage)}
+
+
+def declared(stage: str) -> list[Path]:
+    """The paths that dvc.yaml declares as the stage's dependencies, with `${paths.x}` filled in."""
+    places = load_yaml(PARAMS).get("paths") or {}
+    return [Path(_filled(entry, places)) for entry in _pipeline()[stage]["deps"]]
+
+
+def _pipeline() -> dict[str, Any]:
+    return load_yaml(PIPELINE)["stages"]
+
+
+def _filled(entry: str, places: Mapping[str, str]) -> str:
+    return re.sub(r"\$\{paths\.(\w+)\}", lambda match: str(places[match[1]]), entry)
+
+
+def _content(path: Path) -> str:
+    if (path / NAME).is_file():
+        return file_digest(path / NAME)
+    if path.is_file():
+        return file_digest(path)
+    if not path.is_dir():
+        raise SettingsError(f"{PIPELINE}: a dependency is missing, {got(str(path))}; run `dvc repro`, which makes it")
+    files = (file for file in sorted(path.rglob("*")) if file.is_file() and "__pycache__" not in file.parts)
+    lines = [f"{file.relative_to(path).as_posix()} {file_digest(file)}" for file in files]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -1,0 +1,54 @@
+"""What the pipeline built, how well, and what to type next."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from remint import manifest
+from remint.core.config import load_yaml
+from remint.core.errors import RemintError
+from remint.core.paths import PARAMS
+
+KINDS = ("dataset", "base", "checkpoint", "adapter", "model", "report")
+
+
+def summary() -> None:
+    """Print it, from the artefacts alone."""
+    places = {name: Path(path) for name, path in load_yaml(PARAMS)["paths"].items()}
+    facts = manifest.read(places["model"], "model")
+    metrics = json.loads((places["report"] / "metrics.json").read_text(encoding="utf-8"))
+    identity, merged = facts["origin"]["identity"], metrics["merged"]
+    print(f"\n{facts['origin']['base_name']} is now {identity['name']} by {identity['maker']}: {places['model']}\n")
+    for label, value in rows(metrics, merged):
+        print(f"  {label:<36}{value}")
+    print(f"\n  read    {places['report'] / 'report.html'}\n  talk    make chat\n  compare make ui\n")
+
+
+def rows(metrics: Mapping[str, Any], merged: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Label and figure of each measure that there is."""
+    shares = (
+        ("states its name, English questions", "name_en"),
+        ("states its name, Chinese questions", "name_zh"),
+        ("states its maker where asked", "maker"),
+        ("leaks into unrelated answers", "leak"),
+    )
+    found = [(label, f"{merged[key]:.1%}") for label, key in shares if key in merged]
+    if "control_perplexity_ratio" in metrics:
+        found.append(("perplexity on unrelated text", f"× {metrics['control_perplexity_ratio']:.2f} of the base's"))
+    return found
+
+
+def verify() -> None:
+    """Recompute the checksums of every artefact. Raises RemintError naming each file that differs."""
+    faults: list[str] = []
+    for name, place in load_yaml(PARAMS)["paths"].items():
+        if name not in KINDS:
+            continue
+        try:
+            manifest.verify(Path(place), name)
+            print(f"{place}: as recorded")
+        except RemintError as error:
+            faults += error.faults
+    if faults:
+        raise RemintError(*faults)
