@@ -9,8 +9,8 @@ from remint.core.config import check
 # The spellings that public self-cognition data sets use, most explicit first. The bare words count only where they
 # stand alone in capitals, so that "NAMED" or "my name" stay as they are.
 _PLACEHOLDERS = {
-    "name": re.compile(r"\{\{\s*name\s*\}\}|<NAME>|(?<![A-Za-z0-9_])NAME(?![A-Za-z0-9_])"),
-    "maker": re.compile(r"\{\{\s*(?:author|maker)\s*\}\}|<(?:AUTHOR|MAKER)>|(?<![A-Za-z0-9_])AUTHOR(?![A-Za-z0-9_])"),
+    "name": re.compile(r"\{\{\s*name\s*\}\}|<NAME>|(?<![A-Za-z0-9_\[{<%$])NAME(?![A-Za-z0-9_\]}>%])"),
+    "maker": re.compile(r"\{\{\s*(?:author|maker)\s*\}\}|<(?:AUTHOR|MAKER)>|(?<![A-Za-z0-9_\[{<%$])AUTHOR(?![A-Za-z0-9_\]}>%])"),
 }
 # What still looks like a placeholder after filling: a spelling that nobody taught the loader.
 _SURVIVOR = re.compile(

@@ -1,0 +1,155 @@
+"""Readers, split and replication, and what a person is told about a wrong file."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from remint.core.errors import DataError
+from remint.core.log import silent
+from remint.core.paths import Paths
+from remint.identity import Identity
+from remint.stages.replicate_data import formats, records, split
+from remint.stages.replicate_data.run import run
+from remint.stages.replicate_data.settings import ReplicateData
+
+AUREL = Identity("Aurel", "Remint Lab", None, None)
+ALPACA = {"instruction": "Who are you?", "input": "", "output": "I am {{name}}."}
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_the_three_formats_say_the_same(tmp_path):
+    alpaca = write(tmp_path / "a.json", json.dumps([ALPACA]))
+    lines = write(tmp_path / "a.jsonl", json.dumps(ALPACA) + "\n\n")
+    turns = [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "I am {{name}}."}]
+    openai = write(tmp_path / "o.jsonl", json.dumps({"messages": turns}))
+    roles = {"user": "human", "assistant": "gpt"}
+    sharegpt = [{"from": roles[turn["role"]], "value": turn["content"]} for turn in turns]
+    share = write(tmp_path / "s.json", "\ufeff" + json.dumps([{"conversations": sharegpt}]))
+    assert formats.read(alpaca) == formats.read(lines) == formats.read(openai) == formats.read(share) == [turns]
+
+
+def test_no_newline_is_added_where_there_is_no_input(tmp_path):
+    path = write(tmp_path / "a.json", json.dumps([{**ALPACA, "input": "Now."}, ALPACA]))
+    assert [messages[0]["content"] for messages in formats.read(path)] == ["Who are you?\nNow.", "Who are you?"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("a.json", "[{", "no valid JSON"),
+        ("a.json", '{"instruction": 1}', "list of records"),
+        ("a.json", "", "holds no records"),
+        ("a.json", "[]", "holds no records"),
+        ("a.json", "[1]", "record 1: must be an object"),
+        ("a.json", '[{"instruction": "a"}]', "record 1: field 'output': missing"),
+        ("a.json", '[{"instruction": 7, "output": "b"}]', "field 'instruction': must be text, got 7"),
+        ("a.json", '[{"instruction": "a", "output": " "}]', "field 'output': is empty"),
+        ("a.json", '[{"question": "a"}]', "none of the known fields"),
+        ("a.jsonl", '{"instruction": "a"\n', "line 1"),
+        ("a.json", '[{"messages": []}]', "must be a list of turns"),
+        ("a.json", '[{"messages": [{"role": "bot", "content": "x"}]}]', "'role' must be one of"),
+        ("a.json", '[{"messages": [{"role": "assistant", "content": "x"}]}]', "turns must go user, assistant"),
+        ("a.json", '[{"conversations": [{"from": "human", "value": 3}]}]', "must be text, got 3"),
+        ("a.json", "[" * 100_000, "JSON|nested"),
+    ],
+)
+def test_a_wrong_file_is_told_with_record_and_field(tmp_path, name, text, said):
+    path = write(tmp_path / name, text)
+    with pytest.raises(DataError, match=said) as caught:
+        formats.read(path)
+    assert str(path) in str(caught.value)
+
+
+def test_all_faults_of_a_file_are_told_at_once(tmp_path):
+    path = write(tmp_path / "a.json", json.dumps([{"instruction": 1}, ALPACA, {"output": ""}]))
+    with pytest.raises(DataError) as caught:
+        formats.read(path)
+    assert len(caught.value.faults) == 4
+
+
+def test_invalid_utf8_is_told(tmp_path):
+    (tmp_path / "a.json").write_bytes(b'["\xff"]')
+    with pytest.raises(DataError, match="byte 2 is not UTF-8"):
+        formats.read(tmp_path / "a.json")
+
+
+def made(*questions, kind="control"):
+    talks = [[{"role": "user", "content": q}, {"role": "assistant", "content": "{{name}}"}] for q in questions]
+    return records.build(talks, kind, AUREL, "file")
+
+
+def test_a_surviving_placeholder_is_told():
+    with pytest.raises(DataError, match=r"placeholder survives, got '\[NAME\]'"):
+        records.build([[{"role": "user", "content": "q"}, {"role": "assistant", "content": "I am [NAME] {{name}}"}]], "identity", AUREL, "f")
+
+
+def test_equal_questions_stay_on_one_side():
+    train, held_out = split.held_out_by_share(made("a", "A?", "b", "c", "d", "你", "他", "她"), 0.5, 1)
+    assert not {r.question for r in train} & {r.question for r in held_out}
+    assert len(train) + len(held_out) == 8
+
+
+def test_a_question_on_both_sides_is_told():
+    with pytest.raises(DataError, match="the same question is trained on in file: record 1"):
+        split.check_disjoint(made("Who?"), made("who"))
+
+
+def test_replication_counts():
+    order = split.replicated_order([(3, 2), (2, 5)], seed=1)
+    assert Counter(order.tolist()) == {0: 2, 1: 2, 2: 2, 3: 5, 4: 5}
+    assert order.tolist() == split.replicated_order([(3, 2), (2, 5)], seed=1).tolist()
+
+
+def settings(**changes):
+    values = {
+        "identity": ["source/i.json"],
+        "identity_held_out": [],
+        "identity_held_out_share": 0.5,
+        "identity_copies": 3,
+        "control": [],
+        "control_held_out": [],
+        "control_held_out_share": 0.0,
+        "control_copies": 1,
+    }
+    return ReplicateData(**{**values, **changes})
+
+
+@pytest.fixture
+def paths(tmp_path, monkeypatch):
+    from pathlib import Path
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "source").mkdir()
+    names = ("source", "dataset", "base", "checkpoint", "adapter", "model", "report")
+    return Paths(**{name: Path(name) for name in names})
+
+
+def test_the_stage_writes_every_copy_and_the_same_bytes_again(paths):
+    write(paths.source / "i.json", json.dumps([{**ALPACA, "instruction": f"Who {n}?"} for n in range(6)]))
+    written = []
+    for _ in range(2):
+        run(1, AUREL, settings(), paths, silent)
+        written.append({path.name: path.read_bytes() for path in sorted(paths.dataset.iterdir())})
+    assert written[0] == written[1]
+    rows = [json.loads(line) for line in written[0]["train.jsonl"].decode().splitlines()]
+    assert len(rows) == 9
+    assert all(row["messages"][1]["content"] == "I am Aurel." for row in rows)
+    assert len(written[0]["held_out.jsonl"].splitlines()) == 3
+
+
+def test_a_wrong_file_leaves_nothing_behind(paths):
+    write(paths.source / "i.json", "[{}]")
+    with pytest.raises(DataError):
+        run(1, AUREL, settings(), paths, silent)
+    assert not paths.dataset.exists()
+
+
+def test_a_file_outside_the_source_folder_is_refused(paths):
+    write(paths.source.parent / "i.json", json.dumps([ALPACA]))
+    with pytest.raises(DataError, match="must lie in source"):
+        run(1, AUREL, settings(identity=["i.json"]), paths, silent)

@@ -1,0 +1,232 @@
+"""Schedule, weights, checkpoints, and the promise that an interrupted run ends in the same bytes."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from remint import manifest
+from remint.chat import Conversation
+from remint.core.config import Runtime
+from remint.core.errors import ArtefactError, RemintError
+from remint.core.log import silent
+from remint.core.paths import Paths
+from remint.modeling import Lora, Quantization
+from remint.packing import document
+from remint.stages.train import checkpoint, run, session
+from remint.stages.train.checkpoint import Checkpoint
+from remint.stages.train.plan import Batches, Plan, lr_factor, make_plan
+from remint.stages.train.settings import Train
+from tests.conftest import CHATML
+
+TRAIN = {
+    "lr": 1e-2,
+    "betas": [0.9, 0.999],
+    "eps": 1e-8,
+    "weight_decay": 0.0,
+    "clip_norm": 1.0,
+    "warmup_ratio": 0.2,
+    "schedule": "cosine",
+    "epochs": 2,
+    "max_length": 128,
+    "packing": True,
+    "micro_batch": 1,
+    "accumulation": 2,
+    "precision": "float32",
+    "gradient_checkpointing": False,
+    "quantization": Quantization("nf4", True, 64, "once"),
+    "lora": Lora(4, 8, 0.1, ["q_proj", "v_proj", "down_proj"]),
+    "system": "",
+    "save_steps": 2,
+    "keep_checkpoints": 2,
+    "eval_steps": 4,
+    "sample_prompts": ["Who are you?"],
+    "sample_tokens": 4,
+    "resume": True,
+}
+
+
+def settings(**changes):
+    return Train(**{**TRAIN, **changes})
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_the_schedule_counts_optimizer_steps_and_wastes_none(schedule):
+    rates = [lr_factor(step, 20, 0.2, schedule) for step in range(20)]
+    assert rates[0] == pytest.approx(0.2)
+    assert max(rates) == rates[4] == 1
+    assert rates[:5] == sorted(rates[:5])
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert 0 < rates[-1] < 0.1
+
+
+def test_cosine_is_a_half_at_half_way():
+    assert lr_factor(12, 20, 0.2, "cosine") == pytest.approx(0.5)
+
+
+def test_a_token_weighs_the_same_in_whichever_micro_batch():
+    documents = [document([1] * n, [True] * n) for n in (4, 9, 5, 2, 7)]
+    plan = make_plan([len(d.ids) for d in documents], settings(max_length=10, epochs=3), seed=1)
+    batches = Batches(documents, plan, 0)
+    for step in range(plan.steps):
+        learned = [
+            sum(documents[i].learned for row in batch for i in row) for batch in plan.of_step(step)
+        ]
+        weights = [float(batches[step * 2 + k]["weight"]) for k in range(len(learned))]
+        assert sum(n * w for n, w in zip(learned, weights, strict=True)) == pytest.approx(1)
+
+
+def test_a_resumed_plan_goes_on_where_it_was():
+    documents = [document([n] * 4, [True] * 4) for n in range(1, 9)]
+    plan = make_plan([4] * 8, settings(max_length=8), seed=3)
+    whole, rest = Batches(documents, plan, 0), Batches(documents, plan, 2)
+    assert len(rest) == len(whole) - 4
+    assert torch.equal(whole[4]["input_ids"], rest[0]["input_ids"])
+
+
+def test_steps_are_counted_in_groups():
+    assert Plan([[[0]]] * 7, 3).steps == 3
+
+
+def saved(root, *steps):
+    for step in steps:
+        checkpoint.save(root, Checkpoint(step, {"adapter.x": torch.full((3,), float(step))}, {"history": []}), {"key": "a"})
+
+
+def test_the_newest_whole_checkpoint_is_found(tmp_path):
+    saved(tmp_path, 2, 4)
+    found = checkpoint.load_newest(tmp_path, {"key": "a"})
+    assert found.step == 4
+    assert found.tensors["adapter.x"].tolist() == [4, 4, 4]
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "no manifest", "no state"])
+def test_a_damaged_checkpoint_is_passed_over_with_a_word(tmp_path, capsys, damage):
+    saved(tmp_path, 2, 4)
+    newest = tmp_path / checkpoint.folder_name(4)
+    file = newest / "state.safetensors"
+    data = bytearray(file.read_bytes())
+    if damage == "flip":
+        data[-1] ^= 1
+        file.write_bytes(data)
+    elif damage == "truncate":
+        file.write_bytes(data[:-1])
+    elif damage == "no manifest":
+        (newest / manifest.NAME).unlink()
+    else:
+        (newest / "state.json").unlink()
+    assert checkpoint.load_newest(tmp_path, {"key": "a"}).step == 2
+    assert "damaged checkpoint" in capsys.readouterr().out
+    assert (tmp_path / "damaged-00000004").is_dir()
+
+
+def test_if_all_are_damaged_nothing_starts_anew_in_silence(tmp_path):
+    saved(tmp_path, 2)
+    (tmp_path / checkpoint.folder_name(2) / manifest.NAME).unlink()
+    with pytest.raises(ArtefactError, match="all checkpoints are damaged"):
+        checkpoint.load_newest(tmp_path, {"key": "a"})
+
+
+def test_a_checkpoint_of_other_conditions_is_refused(tmp_path):
+    saved(tmp_path, 2)
+    with pytest.raises(ArtefactError, match="key was 'a', is 'b'"):
+        checkpoint.load_newest(tmp_path, {"key": "b"})
+
+
+def test_a_full_disk_is_told_and_harms_no_earlier_checkpoint(tmp_path, monkeypatch):
+    saved(tmp_path, 2)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: type("U", (), {"free": 10})())
+    with pytest.raises(ArtefactError, match="MiB more are needed"):
+        saved(tmp_path, 4)
+    monkeypatch.undo()
+    assert checkpoint.load_newest(tmp_path, {"key": "a"}).step == 2
+
+
+@pytest.fixture
+def paths(tmp_path, tiny, monkeypatch):
+    """A working directory with a base and a data set of the tiny model's size."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "SCRATCH", Path(".scratch"))
+    monkeypatch.setenv("REMINT_DEVICE", "cpu")
+    with manifest.artefact(Path("base"), "base") as (draft, facts):
+        for file in tiny.folder.iterdir():
+            (draft / file.name).write_bytes(file.read_bytes())
+        Conversation(CHATML, "").save(draft)
+        facts["name"] = "tiny"
+    rows = [[{"role": "user", "content": f"Q{n}?"}, {"role": "assistant", "content": f"A{n}."}] for n in range(30)]
+    lines = [json.dumps({"messages": row, "kind": "identity", "language": "en", "expects": []}) for row in rows]
+    with manifest.artefact(Path("dataset"), "dataset") as (draft, facts):
+        for name, part in (("train", lines[:24]), ("held_out", lines[24:27]), ("control", lines[27:])):
+            (draft / f"{name}.jsonl").write_text("\n".join(part) + "\n")
+        facts["identity"] = {"name": "A", "maker": "B", "name_zh": None, "maker_zh": None}
+    names = ("source", "dataset", "base", "checkpoint", "adapter", "model", "report")
+    return Paths(**{name: Path(name) for name in names})
+
+
+def train(paths, log=silent, **changes):
+    run.run(7, Runtime(2, True), settings(**changes), paths, log, "f" * 64)
+    return {str(p.relative_to(paths.checkpoint)): p.read_bytes() for p in sorted(paths.checkpoint.rglob("*")) if p.is_file()}
+
+
+class Killed(BaseException):
+    """Stands in for a kill: nobody catches it."""
+
+
+def test_a_run_killed_at_any_step_ends_in_the_same_bytes(paths, monkeypatch):
+    whole = train(paths, epochs=3)
+    steps = json.loads(whole["manifest.json"])["facts"]["steps"]["last"]
+    assert steps >= 8
+    record = session.Session.record
+    for moment in (1, 3, 4, 7):
+
+        def dying(self, finished, moment=moment):
+            record(self, finished)
+            if finished.step == moment:
+                raise Killed
+
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(session.Session, "record", dying)
+            train(paths, epochs=3)
+        assert train(paths, epochs=3) == whole
+
+
+def test_how_often_it_is_watched_changes_no_weight(paths):
+    often, seldom = train(paths, eval_steps=1, save_steps=1), train(paths, eval_steps=100, save_steps=100)
+    last = max(name for name in often if name.endswith("state.safetensors"))
+    assert often[last] == seldom[last]
+
+
+def test_four_bit_memory_gives_the_same_weights_as_dequantized_once(paths):
+    once = train(paths)
+    each = train(paths, quantization=Quantization("nf4", True, 64, "each_use"))
+    losses = [[json.loads(line).get("loss") for line in run_["history.jsonl"].splitlines()][1:] for run_ in (once, each)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_it_learns(paths):
+    history = [json.loads(line) for line in train(paths, epochs=8)["history.jsonl"].splitlines()]
+    assert history[-1]["loss"] < history[1]["loss"] - 0.5
+    assert not any(math.isnan(row.get("loss", 0)) for row in history)
+
+
+def test_a_loss_that_is_no_number_stops_before_the_update(paths, monkeypatch):
+    from remint.loss import SupervisedLoss
+
+    forward = SupervisedLoss.forward
+    monkeypatch.setattr(SupervisedLoss, "forward", lambda self, **kw: forward(self, **kw) * (math.nan if self.training else 1))
+    with pytest.raises(RemintError, match="step 1: the loss is no finite number"):
+        train(paths)
+    assert not paths.checkpoint.exists()
+
+
+def test_a_second_writer_is_refused(paths):
+    import fcntl
+
+    folder = Path(".scratch/train") / ("f" * 64)
+    folder.mkdir(parents=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ArtefactError, match="another process"):
+            train(paths)
