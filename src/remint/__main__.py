@@ -62,8 +62,12 @@ def run_stage(stage: str, rest: Sequence[str]) -> int:
     from remint import fingerprint
     from remint.core import config
 
-    parser = argparse.ArgumentParser(prog=f"remint {stage}", description=f"Run the stage {stage} with settings from params.yaml.")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings for this run alone, like train.lr=1e-3")
+    parser = argparse.ArgumentParser(
+        prog=f"remint {stage}", description=f"Run the stage {stage} with settings from params.yaml."
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings for this run alone, like train.lr=1e-3"
+    )
     parser.add_argument("--cfg", action="store_true", help="print the composed settings and stop")
     options = parser.parse_args(rest)
     run = import_module(f"remint.stages.{stage}.run").run
@@ -86,9 +90,9 @@ def _threads(rest: Sequence[str]) -> int:
     from remint.core.paths import PARAMS
 
     runtime = load_yaml(PARAMS).get("runtime")
-    found = [runtime.get("threads") if isinstance(runtime, dict) else None]
+    found = [str(runtime.get("threads"))] if isinstance(runtime, dict) else [""]
     found += [entry.partition("=")[2] for entry in rest if entry.startswith("runtime.threads=")]
-    return int(found[-1]) if str(found[-1]).isdecimal() and 0 < int(found[-1]) <= 512 else 1
+    return int(found[-1]) if found[-1].isdecimal() and 0 < int(found[-1]) <= 512 else 1
 
 
 def _usage() -> str:

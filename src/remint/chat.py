@@ -132,7 +132,9 @@ def load(folder: Path) -> Conversation:
     except FileNotFoundError:
         raise ArtefactError(f"{folder / NAME}: not found; make the artefact again with `dvc repro`") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise ArtefactError(f"{folder / NAME}: is no template, {got(str(error))}; make it again with `dvc repro`") from None
+        raise ArtefactError(
+            f"{folder / NAME}: is no template, {got(str(error))}; make it again with `dvc repro`"
+        ) from None
 
 
 def missing_tokens(template: Template, tokenizer: Any) -> list[str]:

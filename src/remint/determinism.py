@@ -16,7 +16,7 @@ def apply(runtime: Runtime) -> None:
     if runtime.deterministic:
         torch.use_deterministic_algorithms(True)
         # Filling new memory hides no nondeterminism of ours and breaks buffers that are filled lazily.
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.benchmark = False
 

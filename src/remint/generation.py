@@ -50,7 +50,9 @@ def answer_all(
     answers = [""] * len(prompts)
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
-        rows = generate(model, conversation.stop_ids(tokenizer), [prompts[i] for i in chosen], max_new_tokens, Sampling())
+        rows = generate(
+            model, conversation.stop_ids(tokenizer), [prompts[i] for i in chosen], max_new_tokens, Sampling()
+        )
         for index, row in zip(chosen, rows, strict=True):
             answers[index] = decode(tokenizer, row)
         done(len(chosen))
@@ -69,7 +71,12 @@ def generate(
     """New ids for each prompt, without the token of `stop` that ended it."""
     chosen: dict[str, Any] = {"do_sample": False}
     if sampling.temperature > 0:
-        chosen = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+        chosen = {
+            "do_sample": True,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+        }
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, eos_token_id=list(stop), pad_token_id=stop[0], use_cache=True, **chosen
     )
@@ -80,7 +87,10 @@ def generate(
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
     rows = model.generate(
-        input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config, streamer=streamer
+        input_ids=ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        generation_config=config,
+        streamer=streamer,
     )
     return [_until(row[width:].tolist(), stop) for row in rows]
 

@@ -10,7 +10,9 @@ from remint.core.config import check
 # stand alone in capitals, so that "NAMED" or "my name" stay as they are.
 _PLACEHOLDERS = {
     "name": re.compile(r"\{\{\s*name\s*\}\}|<NAME>|(?<![A-Za-z0-9_\[{<%$])NAME(?![A-Za-z0-9_\]}>%])"),
-    "maker": re.compile(r"\{\{\s*(?:author|maker)\s*\}\}|<(?:AUTHOR|MAKER)>|(?<![A-Za-z0-9_\[{<%$])AUTHOR(?![A-Za-z0-9_\]}>%])"),
+    "maker": re.compile(
+        r"\{\{\s*(?:author|maker)\s*\}\}|<(?:AUTHOR|MAKER)>|(?<![A-Za-z0-9_\[{<%$])AUTHOR(?![A-Za-z0-9_\]}>%])"
+    ),
 }
 # What still looks like a placeholder after filling: a spelling that nobody taught the loader.
 _SURVIVOR = re.compile(
@@ -30,7 +32,10 @@ class Identity:
 
     def __post_init__(self) -> None:
         values = {key: value for key, value in vars(self).items() if value is not None}
-        check("identity", *((_is_plain(value), key, value, "must be one line of visible text") for key, value in values.items()))
+        check(
+            "identity",
+            *((_is_plain(value), key, value, "must be one line of visible text") for key, value in values.items()),
+        )
 
     def names(self, language: str) -> str:
         """The name used in text of that language ('en' or 'zh')."""

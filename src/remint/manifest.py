@@ -150,7 +150,9 @@ def _replace(draft: Path, target: Path) -> None:
 def _explain(error: OSError, target: Path) -> Exception:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(target.parent).free // 2**20
-        return ArtefactError(f"{target}: the disk is full ({free} MiB free); free space and run again, nothing was replaced")
+        return ArtefactError(
+            f"{target}: the disk is full ({free} MiB free); free space and run again, nothing was replaced"
+        )
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return ArtefactError(f"{target}: cannot be written ({error.strerror}); make {target.parent} writable")
     return error

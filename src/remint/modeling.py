@@ -13,9 +13,13 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from remint.core.config import check
 from remint.core.errors import ArtefactError, SettingsError, got
+
+# A bar for each load of a model hides the bars that matter.
+transformers_logging.disable_progress_bar()
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Architectures whose code is in transformers and whose layers the stages were tried with. Others may well work:
@@ -34,7 +38,7 @@ class Quantization:
 
     def __post_init__(self) -> None:
         check(
-            "quantization",
+            "train.quantization",
             (self.kind in ("nf4", "fp4", "none"), "kind", self.kind, "must be nf4, fp4 or none"),
             (self.block_size in (64, 128, 256, 512), "block_size", self.block_size, "must be 64, 128, 256 or 512"),
             (self.dequantize in ("once", "each_use"), "dequantize", self.dequantize, "must be once or each_use"),
@@ -52,7 +56,7 @@ class Lora:
 
     def __post_init__(self) -> None:
         check(
-            "lora",
+            "train.lora",
             (1 <= self.rank <= 1024, "rank", self.rank, "must be between 1 and 1024"),
             (self.alpha > 0, "alpha", self.alpha, "must be greater than 0"),
             (0 <= self.dropout < 1, "dropout", self.dropout, "must be at least 0 and below 1"),
@@ -119,7 +123,7 @@ def empty_model(folder: Path) -> Any:
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
     """The linear layers that are quantized and may be adapted: all but the head."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer is not head}
 
 

@@ -130,7 +130,10 @@ def _pipe(speaker: Speaker, lines: TextIO, as_json: bool) -> int:
     for line in lines:
         if line.strip():
             said = speaker.answer(line.strip())
-            print(json.dumps(said, ensure_ascii=False) if as_json else " ".join(visible(said["answer"]).split()), flush=True)
+            print(
+                json.dumps(said, ensure_ascii=False) if as_json else " ".join(visible(said["answer"]).split()),
+                flush=True,
+            )
     return 0
 
 

@@ -61,7 +61,9 @@ class _Sink:
 
     def log(self, metrics: Mapping[str, float], step: int = 0) -> None:
         """Send what was not sent for this step before."""
-        fresh = {key: float(value) for key, value in metrics.items() if self._client and self._logged.get(key, -1) < step}
+        fresh = {
+            key: float(value) for key, value in metrics.items() if self._client and self._logged.get(key, -1) < step
+        }
         if not fresh:
             return
         from mlflow.entities import Metric
@@ -82,7 +84,9 @@ class _Sink:
             call()
         except Exception as error:  # anything: a tracking server may fail in any way, and must not stop the work
             self._client = None
-            print(f"warning: MLflow at {store()} cannot be reached, going on without it: {_one_line(error)}", flush=True)
+            print(
+                f"warning: MLflow at {store()} cannot be reached, going on without it: {_one_line(error)}", flush=True
+            )
 
 
 def _open(stage: str, fingerprint: str, config: DictConfig) -> tuple[Any, str, dict[str, int]]:
@@ -94,7 +98,9 @@ def _open(stage: str, fingerprint: str, config: DictConfig) -> tuple[Any, str, d
     if unfinished:
         run_id = unfinished[0].info.run_id
         client.update_run(run_id, "RUNNING")
-        logged = {key: max(m.step for m in client.get_metric_history(run_id, key)) for key in unfinished[0].data.metrics}
+        logged = {
+            key: max(m.step for m in client.get_metric_history(run_id, key)) for key in unfinished[0].data.metrics
+        }
         return client, run_id, logged
     tags = {"remint.kind": "stage", "remint.stage": stage, "remint.fingerprint": fingerprint, **_circumstances()}
     run_id = client.create_run(experiment, run_name=f"{stage}-{fingerprint[:7]}", tags=tags).info.run_id
@@ -200,7 +206,9 @@ def _register(client: Any, run_id: str, model: Path) -> None:
     from mlflow.exceptions import MlflowException
 
     with contextlib.suppress(MlflowException):
-        client.create_registered_model(EXPERIMENT, description="Merged models, by reference to the artefact that DVC tracks")
+        client.create_registered_model(
+            EXPERIMENT, description="Merged models, by reference to the artefact that DVC tracks"
+        )
     tags = {"manifest.sha256": file_digest(model / NAME), "path": model.as_posix()}
     with mlflow.start_run(run_id=run_id):
         logged = mlflow.pyfunc.log_model(

@@ -49,16 +49,26 @@ def test_a_set_that_is_empty_has_no_figure():
 
 
 def test_the_page_shows_text_as_text():
-    history = [{"step": 0, "held_out_loss": 3.0}, {"step": 1, "loss": 2.0, "lr": 0.1}, {"step": 2, "loss": 1.0, "lr": 0.2, "held_out_loss": 1.0}]
+    history = [
+        {"step": 0, "held_out_loss": 3.0},
+        {"step": 1, "loss": 2.0, "lr": 0.1},
+        {"step": 2, "loss": 1.0, "lr": 0.2, "held_out_loss": 1.0},
+    ]
     checkpoint = {
         "origin": {"base_name": "Tiny", "fingerprint": "f"},
         "steps": {"last": 2, "best": 2},
         "best_held_out_loss": 1.0,
         "lora": {"rank": 1, "alpha": 1, "dropout": 0, "targets": ["q_proj"]},
     }
-    model = {"step": 2, "merge": {"into": "original"}, "proof": {"agreement": 1.0, "positions": 9, "mean_divergence": 1e-5}}
+    model = {
+        "step": 2,
+        "merge": {"into": "original"},
+        "proof": {"agreement": 1.0, "positions": 9, "mean_divergence": 1e-5},
+    }
     samples = [{"step": 0, "prompt": "p", "answer": "a"}]
-    page = report.render(report.Content(AUREL, summarise(ROWS, AUREL, LOSSES), ROWS, history, samples, model, checkpoint))
+    page = report.render(
+        report.Content(AUREL, summarise(ROWS, AUREL, LOSSES), ROWS, history, samples, model, checkpoint)
+    )
     assert "&lt;script&gt;alert(1)" in page
     assert "<script" not in page
     assert page.count('class="ok"') + page.count('class="no"') == 2 * len(ROWS)

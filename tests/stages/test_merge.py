@@ -18,11 +18,16 @@ LORA = Lora(2, 4, 0.0, ["q_proj", "down_proj"])
 
 def random_adapter(folder):
     torch.manual_seed(1)
-    return {name: torch.randn(shape) * 0.1 for name, shape in adapter.expected_shapes(shards.shapes(folder), LORA).items()}
+    return {
+        name: torch.randn(shape) * 0.1 for name, shape in adapter.expected_shapes(shards.shapes(folder), LORA).items()
+    }
 
 
 def test_the_sum_is_the_textbook_one():
-    tensors = {"base_model.model.l.lora_A.weight": torch.tensor([[1.0, 2.0]]), "base_model.model.l.lora_B.weight": torch.tensor([[3.0], [4.0]])}
+    tensors = {
+        "base_model.model.l.lora_A.weight": torch.tensor([[1.0, 2.0]]),
+        "base_model.model.l.lora_B.weight": torch.tensor([[3.0], [4.0]]),
+    }
     delta = adapter.delta(tensors, "l", Lora(1, 2, 0, ["l"]))
     assert delta.tolist() == [[6, 12], [8, 16]]
     assert merge_tensor(torch.ones(2, 2), delta, None, torch.float32).tolist() == [[7, 13], [9, 17]]
@@ -110,7 +115,9 @@ def test_many_shards_are_written_and_read(tmp_path):
     writer.close()
     files = shards.files(tmp_path)
     assert len(files) == 3
-    assert {name: t.tolist() for file in files for name, t in shards.tensors(file)} == {n: t.tolist() for n, t in made.items()}
+    assert {name: t.tolist() for file in files for name, t in shards.tensors(file)} == {
+        n: t.tolist() for n, t in made.items()
+    }
     files[1].unlink()
     with pytest.raises(ArtefactError, match="missing, though the index names it"):
         shards.files(tmp_path)

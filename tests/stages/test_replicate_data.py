@@ -85,7 +85,12 @@ def made(*questions, kind="control"):
 
 def test_a_surviving_placeholder_is_told():
     with pytest.raises(DataError, match=r"placeholder survives, got '\[NAME\]'"):
-        records.build([[{"role": "user", "content": "q"}, {"role": "assistant", "content": "I am [NAME] {{name}}"}]], "identity", AUREL, "f")
+        records.build(
+            [[{"role": "user", "content": "q"}, {"role": "assistant", "content": "I am [NAME] {{name}}"}]],
+            "identity",
+            AUREL,
+            "f",
+        )
 
 
 def test_equal_questions_stay_on_one_side():

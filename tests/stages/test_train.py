@@ -71,9 +71,7 @@ def test_a_token_weighs_the_same_in_whichever_micro_batch():
     plan = make_plan([len(d.ids) for d in documents], settings(max_length=10, epochs=3), seed=1)
     batches = Batches(documents, plan, 0)
     for step in range(plan.steps):
-        learned = [
-            sum(documents[i].learned for row in batch for i in row) for batch in plan.of_step(step)
-        ]
+        learned = [sum(documents[i].learned for row in batch for i in row) for batch in plan.of_step(step)]
         weights = [float(batches[step * 2 + k]["weight"]) for k in range(len(learned))]
         assert sum(n * w for n, w in zip(learned, weights, strict=True)) == pytest.approx(1)
 
@@ -92,7 +90,9 @@ def test_steps_are_counted_in_groups():
 
 def saved(root, *steps):
     for step in steps:
-        checkpoint.save(root, Checkpoint(step, {"adapter.x": torch.full((3,), float(step))}, {"history": []}), {"key": "a"})
+        checkpoint.save(
+            root, Checkpoint(step, {"adapter.x": torch.full((3,), float(step))}, {"history": []}), {"key": "a"}
+        )
 
 
 def test_the_newest_whole_checkpoint_is_found(tmp_path):
@@ -167,7 +167,9 @@ def paths(tmp_path, tiny, monkeypatch):
 
 def train(paths, log=silent, **changes):
     run.run(7, Runtime(2, True), settings(**changes), paths, log, "f" * 64)
-    return {str(p.relative_to(paths.checkpoint)): p.read_bytes() for p in sorted(paths.checkpoint.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(paths.checkpoint)): p.read_bytes() for p in sorted(paths.checkpoint.rglob("*")) if p.is_file()
+    }
 
 
 class Killed(BaseException):
@@ -201,7 +203,9 @@ def test_how_often_it_is_watched_changes_no_weight(paths):
 def test_four_bit_memory_gives_the_same_weights_as_dequantized_once(paths):
     once = train(paths)
     each = train(paths, quantization=Quantization("nf4", True, 64, "each_use"))
-    losses = [[json.loads(line).get("loss") for line in run_["history.jsonl"].splitlines()][1:] for run_ in (once, each)]
+    losses = [
+        [json.loads(line).get("loss") for line in run_["history.jsonl"].splitlines()][1:] for run_ in (once, each)
+    ]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
@@ -215,7 +219,9 @@ def test_a_loss_that_is_no_number_stops_before_the_update(paths, monkeypatch):
     from remint.loss import SupervisedLoss
 
     forward = SupervisedLoss.forward
-    monkeypatch.setattr(SupervisedLoss, "forward", lambda self, **kw: forward(self, **kw) * (math.nan if self.training else 1))
+    monkeypatch.setattr(
+        SupervisedLoss, "forward", lambda self, **kw: forward(self, **kw) * (math.nan if self.training else 1)
+    )
     with pytest.raises(RemintError, match="step 1: the loss is no finite number"):
         train(paths)
     assert not paths.checkpoint.exists()

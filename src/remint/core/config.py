@@ -4,6 +4,7 @@ The arguments of a stage's `run` are the sections that dvc.yaml declares for it,
 whose change would not rerun it. Hydra composes them, so a sweep by DVC and a command by hand mean the same.
 """
 
+import contextlib
 import difflib
 import re
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from remint.core.errors import SettingsError, got
 from remint.core.paths import CONF, PARAMS
@@ -77,7 +78,9 @@ def compose_raw(run: Callable[..., None], overrides: Sequence[str] = ()) -> Dict
     params, wanted = load_yaml(PARAMS), sections(run)
     absent = [name for name in wanted if name not in params]
     if absent:
-        raise SettingsError(*(f"{PARAMS}: section {name!r} is missing; `make recipe` shows whole files" for name in absent))
+        raise SettingsError(
+            *(f"{PARAMS}: section {name!r} is missing; `make recipe` shows whole files" for name in absent)
+        )
     groups = [name for name in wanted if (CONF / name).is_dir()]
     for group in groups:
         _check_choice(group, params[group])
@@ -92,10 +95,15 @@ def compose_raw(run: Callable[..., None], overrides: Sequence[str] = ()) -> Dict
 
 def to_objects(run: Callable[..., None], config: DictConfig) -> dict[str, Any]:
     """Turn the composed configuration into the typed arguments of `run`; their own range checks happen here."""
-    arguments, faults = {}, []
+    try:
+        container: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise SettingsError(_explain(error, sections(run))) from None
+    arguments: dict[str, Any] = {}
+    faults: list[str] = []
     for name, kind in sections(run).items():
         try:
-            value = _build(kind, OmegaConf.to_container(config, resolve=True, throw_on_missing=True)[name])
+            value = _build(kind, container[name])
             if not is_dataclass(kind) and type(value) is not kind:
                 faults.append(f"params: {name}: must be {kind.__name__}, {got(value)}; change it in params.yaml")
             arguments[name] = value
@@ -119,26 +127,36 @@ def _compose(node: dict[str, Any], wanted: dict[str, Any], overrides: Sequence[s
         return hydra_compose("stage", overrides=list(overrides))
 
 
-def _schema(kind: type) -> type:
+def _schema(kind: Any) -> type:
     """A twin of a settings class that OmegaConf may fill: it makes frozen classes read-only before it has read them."""
     hints = get_type_hints(kind)
     twins = [(name, _schema(hint) if is_dataclass(hint) else hint) for name, hint in hints.items()]
     return make_dataclass(kind.__name__, twins)
 
 
-def _build(kind: Any, value: Any) -> Any:
+def _build(section: Any, value: Any) -> Any:
     """The settings object of a composed section; nested sections first, each with its own range checks."""
-    if not is_dataclass(kind):
+    if not is_dataclass(section):
         return value
-    faults, fields = [], {}
+    kind: Any = section
+    faults: list[str] = []
+    fields: dict[str, Any] = {}
     for name, hint in get_type_hints(kind).items():
         try:
             fields[name] = _build(hint, value[name])
         except SettingsError as error:
             faults += error.faults
-    if faults:
-        raise SettingsError(*faults)
-    return kind(**fields)
+    if not faults:
+        return kind(**fields)
+    # The section's own rules are asked as well, so that all mistakes are told at once; they see what could be built.
+    partial = object.__new__(kind)
+    partial.__dict__.update(fields)
+    with contextlib.suppress(AttributeError):
+        try:
+            partial.__post_init__()
+        except SettingsError as error:
+            faults += error.faults
+    raise SettingsError(*faults)
 
 
 def _check_choice(group: str, choice: object) -> None:

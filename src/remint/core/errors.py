@@ -25,7 +25,7 @@ class ArtefactError(RemintError):
     """An artefact is missing, damaged, or was made from something else than the one it is used with."""
 
 
-class Stopped(RemintError):
+class Stopped(RemintError):  # noqa: N818  (a word for what happened, not a fault)
     """The work was stopped by a signal and can be continued; `status` is the exit status to leave with."""
 
     def __init__(self, fault: str, status: int):

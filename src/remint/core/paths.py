@@ -31,7 +31,7 @@ class Paths:
             f"params.yaml: paths.{name}: must lie inside the repository, {got(str(path))}; "
             f"use a relative path without '..', like data/{name}"
             for name, path in vars(self).items()
-            if path.is_absolute() or ".." in path.parts or path == Path(".")
+            if path.is_absolute() or ".." in path.parts or path == Path()
         ]
         if faults:
             raise SettingsError(*faults)

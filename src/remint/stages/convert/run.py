@@ -26,12 +26,20 @@ def run(convert: Convert, paths: Paths, log: Log) -> None:
         for name, tensor in adapter.load(paths.checkpoint / f"step-{step:08d}" / _TENSORS).items()
         if name.startswith(_PREFIX)
     }
-    adapter.check({name: tuple(t.shape) for name, t in tensors.items()}, shards.shapes(paths.base), lora, paths.checkpoint)
+    adapter.check(
+        {name: tuple(t.shape) for name, t in tensors.items()}, shards.shapes(paths.base), lora, paths.checkpoint
+    )
     with manifest.artefact(paths.adapter, "adapter") as (draft, made):
         adapter.write(tensors, lora, facts["origin"]["base_name"], draft)
         chat.load(paths.checkpoint).save(draft)
         (draft / "README.md").write_text(card(facts, step), encoding="utf-8")
-        made.update(origin=facts["origin"], step=step, lora=facts["lora"], quantization=facts["quantization"], dtype=convert.dtype)
+        made.update(
+            origin=facts["origin"],
+            step=step,
+            lora=facts["lora"],
+            quantization=facts["quantization"],
+            dtype=convert.dtype,
+        )
     parameters = sum(tensor.numel() for tensor in tensors.values())
     log({"adapter_parameters": parameters, "adapter_step": step})
     print(f"{paths.adapter}: step {step}, {parameters / 1e6:.1f} M parameters in {len(tensors)} tensors")
@@ -46,4 +54,3 @@ def chosen_step(choice: str, steps: dict[str, Any]) -> int:
             f"{', '.join(map(str, steps['kept']))}"
         )
     return step
-

@@ -30,7 +30,11 @@ class Content:
 def headline(metrics: Mapping[str, Any], folder: Path) -> str:
     """Two lines for the terminal: how often it is right, what it cost, where to read more."""
     merged = metrics["merged"]
-    parts = [f"name {label} {merged[key]:.0%}" for label, key in (("English", "name_en"), ("Chinese", "name_zh")) if key in merged]
+    parts = [
+        f"name {label} {merged[key]:.0%}"
+        for label, key in (("English", "name_en"), ("Chinese", "name_zh"))
+        if key in merged
+    ]
     parts += [f"maker {merged['maker']:.0%}"] if "maker" in merged else []
     parts += [f"leaks into {merged['leak']:.1%} of other answers"] if "leak" in merged else []
     if "control_perplexity_ratio" in metrics:
@@ -47,7 +51,9 @@ def render(content: Content) -> str:
         ("Held-out loss", "nats per learned token", curve(content.history, "held_out_loss")),
         ("Learning rate", "", curve(content.history, "lr")),
     ]
-    return template.render(c=content, marks=[_marks(row, content.identity) for row in content.rows], curves=curves, size=(_WIDTH, _HEIGHT))
+    return template.render(
+        c=content, marks=[_marks(row, content.identity) for row in content.rows], curves=curves, size=(_WIDTH, _HEIGHT)
+    )
 
 
 def _marks(row: Answered, identity: Identity) -> dict[str, bool | None]:

@@ -57,7 +57,11 @@ def run(runtime: Runtime, eval_chat: EvalChat, paths: Paths, log: Log) -> None:
 
 
 def _ask(
-    name: str, folder: Path, conversation: Conversation, records: Sequence[tuple[str, dict[str, Any]]], settings: EvalChat
+    name: str,
+    folder: Path,
+    conversation: Conversation,
+    records: Sequence[tuple[str, dict[str, Any]]],
+    settings: EvalChat,
 ) -> tuple[list[str], dict[str, float]]:
     """One model's answers to all records, and its loss on the reference answers of each set; computed in fp32."""
     tokenizer = modeling.load_tokenizer(folder)

@@ -34,7 +34,9 @@ def identity_rates(rows: Sequence[Answered], identity: Identity, model: str) -> 
     for what, stated in (("name", identity.named_in), ("maker", identity.maker_in)):
         asked = [row for row in rows if row.kind == "identity" and what in row.expects]
         for language in LANGUAGES:
-            rates[f"{what}_{language}"] = rate([stated(getattr(row, model)) for row in asked if row.language == language])
+            rates[f"{what}_{language}"] = rate(
+                [stated(getattr(row, model)) for row in asked if row.language == language]
+            )
         rates[what] = rate([stated(getattr(row, model)) for row in asked])
     return {key: value for key, value in rates.items() if value is not None}
 
@@ -48,7 +50,9 @@ def leak_rates(rows: Sequence[Answered], identity: Identity, model: str) -> dict
     """How often the identity appears in answers to control prompts: leak_en, leak_zh, leak."""
     control = [row for row in rows if row.kind == "control"]
     rates = {
-        f"leak_{language}": rate([leaks(getattr(r, model), r.reference, identity) for r in control if r.language == language])
+        f"leak_{language}": rate(
+            [leaks(getattr(r, model), r.reference, identity) for r in control if r.language == language]
+        )
         for language in LANGUAGES
     }
     rates["leak"] = rate([leaks(getattr(row, model), row.reference, identity) for row in control])
@@ -60,7 +64,9 @@ def perplexity(loss: float) -> float:
     return math.exp(min(loss, 700.0))
 
 
-def summarise(rows: Sequence[Answered], identity: Identity, losses: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+def summarise(
+    rows: Sequence[Answered], identity: Identity, losses: Mapping[str, Mapping[str, float]]
+) -> dict[str, Any]:
     """All figures: {'base': {…}, 'merged': {…}, 'control_perplexity_ratio': merged / base}."""
     metrics: dict[str, Any] = {}
     for model in ("base", "merged"):

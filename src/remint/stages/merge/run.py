@@ -14,7 +14,7 @@ from remint.core.config import Runtime
 from remint.core.errors import ArtefactError
 from remint.core.log import Log
 from remint.core.paths import Paths
-from remint.modeling import Lora, Quantization
+from remint.modeling import Quantization
 from remint.packing import Document, encode
 from remint.stages.merge.card import card
 from remint.stages.merge.proof import Closeness, closeness, logits_at_targets
@@ -44,8 +44,13 @@ def run(runtime: Runtime, merge: Merge, paths: Paths, log: Log) -> None:
         _judge(proof, merge, paths.model)
         (draft / "README.md").write_text(card(facts, base, asdict(merge), proof), encoding="utf-8")
         made.update(
-            origin=facts["origin"], license=base["license"], step=facts["step"], adapter=manifest.identity(paths.adapter, "adapter"),
-            merge=asdict(merge), proof=asdict(proof), conditions=determinism.conditions(modeling.device()),
+            origin=facts["origin"],
+            license=base["license"],
+            step=facts["step"],
+            adapter=manifest.identity(paths.adapter, "adapter"),
+            merge=asdict(merge),
+            proof=asdict(proof),
+            conditions=determinism.conditions(modeling.device()),
         )
     log({f"merge_{name}": float(value) for name, value in asdict(proof).items()} | {"model_bytes": size})
     print(
@@ -90,8 +95,14 @@ def _judge(proof: Closeness, merge: Merge, target: Path) -> None:
     faults = []
     # `not <=` also refuses NaN, which compares false with everything.
     if not proof.mean_divergence <= merge.max_divergence:
-        faults.append(f"{target}: mean divergence from base + adapter must be at most {merge.max_divergence}, got {proof.mean_divergence:.3g}")
+        faults.append(
+            f"{target}: mean divergence from base + adapter must be at most {merge.max_divergence}, got {proof.mean_divergence:.3g}"
+        )
     if not proof.agreement >= merge.min_agreement:
-        faults.append(f"{target}: must agree with base + adapter in at least {merge.min_agreement:.1%} of first choices, got {proof.agreement:.1%}")
+        faults.append(
+            f"{target}: must agree with base + adapter in at least {merge.min_agreement:.1%} of first choices, got {proof.agreement:.1%}"
+        )
     if faults:
-        raise ArtefactError(*(f"{fault}; try merge.dtype float32, or train longer if the answers are near-ties" for fault in faults))
+        raise ArtefactError(
+            *(f"{fault}; try merge.dtype float32, or train longer if the answers are near-ties" for fault in faults)
+        )

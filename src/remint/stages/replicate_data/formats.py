@@ -42,7 +42,9 @@ def _records(path: Path) -> list[Any]:
     except RecursionError:
         raise DataError(f"{path}: nested too deeply to be a data file; expect a flat list of records") from None
     except ValueError as error:
-        hint = "one record a line belongs into a file named .jsonl" if text.lstrip().startswith("{") else "mend it there"
+        hint = (
+            "one record a line belongs into a file named .jsonl" if text.lstrip().startswith("{") else "mend it there"
+        )
         raise DataError(f"{path}: is no valid JSON: {error}; {hint}") from None
     if not isinstance(records, list):
         raise DataError(f"{path}: must be a list of records, {got(records)}; put [ and ] around the records")
@@ -110,7 +112,9 @@ def _alpaca(record: dict[str, Any]) -> Messages:
 def _turns(record: dict[str, Any], field: str, role_key: str, text_key: str, roles: dict[str, str]) -> Messages:
     turns = record[field]
     if not isinstance(turns, list) or not turns:
-        raise DataError(f"field {field!r}: must be a list of turns, {got(turns)}; write at least a question and an answer")
+        raise DataError(
+            f"field {field!r}: must be a list of turns, {got(turns)}; write at least a question and an answer"
+        )
     messages, faults = [], []
     for index, turn in enumerate(turns):
         where = f"field '{field}[{index}]'"

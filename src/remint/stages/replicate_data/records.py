@@ -33,9 +33,13 @@ def build(conversations: list[Messages], kind: str, identity: Identity, origin: 
         if kind == "identity" and survivor:
             faults.append(f"{where}: a placeholder survives, got {survivor!r}; write {{{{name}}}} or {{{{author}}}}")
         if kind == "identity" and not record.expects:
-            faults.append(f"{where}: the answer states neither name nor maker; add {{{{name}}}}, or move it to the control file")
+            faults.append(
+                f"{where}: the answer states neither name nor maker; add {{{{name}}}}, or move it to the control file"
+            )
         if not record.question:
-            faults.append(f"{where}: the question has no letter or digit, got {messages[0]['content']!r}; write a question")
+            faults.append(
+                f"{where}: the question has no letter or digit, got {messages[0]['content']!r}; write a question"
+            )
         records.append(record)
     if faults:
         raise DataError(*listed(faults))

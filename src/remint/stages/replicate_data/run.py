@@ -22,7 +22,8 @@ _USES = {"identity": "identity", "identity_held_out": "identity", "control": "co
 
 def run(seed: int, identity: Identity, replicate_data: ReplicateData, paths: Paths, log: Log) -> None:
     """Make the artefact `dataset`: train.jsonl (replicated, shuffled), held_out.jsonl, control.jsonl, manifest."""
-    settings, faults = replicate_data, []
+    settings = replicate_data
+    faults: list[str] = []
     loaded: dict[str, list[Record]] = {}
     for use, kind in _USES.items():
         try:
@@ -45,7 +46,11 @@ def run(seed: int, identity: Identity, replicate_data: ReplicateData, paths: Pat
         facts.update(
             identity=asdict(identity),
             sources={name: manifest.file_digest(Path(name)) for use in loaded for name in getattr(settings, use)},
-            train={"rows": len(order), "identity": _counts(train, copies[0][1]), "control": _counts(control, copies[1][1])},
+            train={
+                "rows": len(order),
+                "identity": _counts(train, copies[0][1]),
+                "control": _counts(control, copies[1][1]),
+            },
             held_out=_counts(held_out, 1),
             control=_counts(control_held_out, 1),
         )
@@ -57,7 +62,8 @@ def run(seed: int, identity: Identity, replicate_data: ReplicateData, paths: Pat
 
 
 def _load(names: Sequence[str], kind: str, identity: Identity, source: Path) -> list[Record]:
-    found, faults = [], []
+    found: list[Record] = []
+    faults: list[str] = []
     for name in names:
         try:
             if source not in Path(name).parents or ".." in Path(name).parts:
@@ -80,4 +86,8 @@ def _write(unique: Sequence[Record], order: Sequence[int] | np.ndarray, path: Pa
 
 
 def _counts(chosen: Sequence[Record], copies: int) -> dict[str, object]:
-    return {"records": len(chosen), "copies": copies, "languages": dict(sorted(Counter(r.language for r in chosen).items()))}
+    return {
+        "records": len(chosen),
+        "copies": copies,
+        "languages": dict(sorted(Counter(r.language for r in chosen).items())),
+    }

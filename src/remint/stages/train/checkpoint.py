@@ -42,7 +42,9 @@ def saved_steps(root: Path) -> list[int]:
 def save(root: Path, checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:
     """Write one checkpoint: it appears whole under its final name or not at all. Raises ArtefactError on a full disk."""
     root.mkdir(parents=True, exist_ok=True)
-    tensors = save_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in sorted(checkpoint.tensors.items())})
+    tensors = save_tensors(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(checkpoint.tensors.items())}
+    )
     state = manifest.dump_json(checkpoint.state).encode()
     free, need = shutil.disk_usage(root).free, len(tensors) + len(state) + _SLACK_BYTES
     if free < need:
@@ -105,7 +107,9 @@ def load_newest(root: Path, identity: Mapping[str, Any]) -> Checkpoint | None:
         _check_identity(folder, facts["identity"], identity)
         return load(folder)
     if damaged:
-        raise ArtefactError(f"{root}: all checkpoints are damaged ({', '.join(damaged)}); remove the folder to start anew")
+        raise ArtefactError(
+            f"{root}: all checkpoints are damaged ({', '.join(damaged)}); remove the folder to start anew"
+        )
     return None
 
 

@@ -33,7 +33,9 @@ class WeightedTrainer(Trainer):
 
     step_loss: torch.Tensor | None = None
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """Weighted sum of one micro-batch; the weights of a step's tokens add up to one."""
         weight = inputs.pop("weight")
         loss = model(**inputs) * weight

@@ -74,8 +74,12 @@ class Batches(Dataset[dict[str, torch.Tensor]]):
 
     def learned(self, step: int) -> int:
         """Supervised tokens of an optimizer step."""
-        return sum(self._documents[number].learned for batch in self.plan.of_step(step) for row in batch for number in row)
+        return sum(
+            self._documents[number].learned for batch in self.plan.of_step(step) for row in batch for number in row
+        )
 
     def tokens(self, step: int) -> int:
         """Tokens of an optimizer step, without padding."""
-        return sum(len(self._documents[number].ids) for batch in self.plan.of_step(step) for row in batch for number in row)
+        return sum(
+            len(self._documents[number].ids) for batch in self.plan.of_step(step) for row in batch for number in row
+        )

