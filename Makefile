@@ -20,13 +20,14 @@ help: ## list the targets
 setup: $(DONE) ## make the environment and MLflow's database (done by every target when needed)
 
 $(DONE): docker/requirements.lock pyproject.toml
-	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "Python 3.11 or newer is needed, this is %d.%d; set PYTHON=python3.11" % v[:2])'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement docker/requirements.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
-	$(BIN)/mlflow db upgrade "$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/mlflow.db}" >/dev/null 2>&1 || true
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "Python 3.11 or newer is needed, this is %d.%d; say PYTHON=python3.11" % v[:2])'
+	@echo "making the environment in $(VENV); this takes some minutes once"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement docker/requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@# First use by several processes at once would fail; a server of yours looks after its own database.
+	@[ -n "$${MLFLOW_TRACKING_URI:-}" ] || $(BIN)/mlflow db upgrade sqlite:///$(CURDIR)/mlflow.db >/dev/null 2>&1
 	@touch $(DONE)
-	@echo "environment ready in $(VENV)"
 
 repro: $(DONE) ## rebuild the whole pipeline: data, base, training, adapter, model, report
 	@$(BIN)/dvc repro

@@ -226,6 +226,7 @@ def test_the_pipeline_state_is_one_run_and_its_model_the_champion(built):
         "(run,) = c.search_runs([e], \"tags.`remint.kind` = 'pipeline'\");"
         "assert 'merged.name_en' in run.data.metrics and run.data.params['train.lr'] == '0.003', run;"
         "assert len(run.inputs.dataset_inputs) == 3;"
+        "assert {'remint.train.run_id', 'remint.eval_chat.run_id'} <= run.data.tags.keys(), run;"
         "model = mlflow.pyfunc.load_model('models:/remint@champion');"
         "print('answers', len(model.predict(['Who are you?'])))"
     )

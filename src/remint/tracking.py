@@ -186,16 +186,25 @@ def _log_datasets(client: Any, run_id: str, folder: Path) -> None:
 
 
 def _adopt_stage_runs(client: Any, experiment: str, run_id: str, paths: Mapping[str, Path]) -> None:
-    """Link the training run that made this state, found by its fingerprint, under the pipeline's run."""
-    file = paths["checkpoint"] / NAME
-    if not file.is_file():
-        return
-    fingerprint = json.loads(file.read_text(encoding="utf-8"))["facts"]["origin"]["fingerprint"]
-    client.set_tag(run_id, "remint.train.fingerprint", fingerprint)
-    for run in client.search_runs([experiment], f"tags.`remint.fingerprint` = '{fingerprint}'", max_results=1):
-        client.set_tag(run_id, "remint.train.run_id", run.info.run_id)
-        if "mlflow.parentRunId" not in run.data.tags:
-            client.set_tag(run.info.run_id, "mlflow.parentRunId", run_id)
+    """Put the stage runs that made this state under the pipeline's run; their fingerprints lie in the artefacts."""
+    made_by = {
+        "train": _facts(paths["checkpoint"]).get("origin", {}).get("fingerprint"),
+        "eval_chat": _facts(paths["report"]).get("fingerprint"),
+    }
+    for stage, fingerprint in made_by.items():
+        if not fingerprint:
+            continue
+        client.set_tag(run_id, f"remint.{stage}.fingerprint", fingerprint)
+        for run in client.search_runs([experiment], f"tags.`remint.fingerprint` = '{fingerprint}'", max_results=1):
+            client.set_tag(run_id, f"remint.{stage}.run_id", run.info.run_id)
+            if "mlflow.parentRunId" not in run.data.tags:
+                client.set_tag(run.info.run_id, "mlflow.parentRunId", run_id)
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    """The facts in an artefact's manifest, empty where there is none."""
+    file = folder / NAME
+    return json.loads(file.read_text(encoding="utf-8"))["facts"] if file.is_file() else {}
 
 
 def _register(client: Any, run_id: str, model: Path) -> None:

@@ -28,7 +28,7 @@ _LOSS_LENGTH = 2048
 _CURVES = ("step", "loss", "held_out_loss", "lr")
 
 
-def run(runtime: Runtime, eval_chat: EvalChat, paths: Paths, log: Log) -> None:
+def run(runtime: Runtime, eval_chat: EvalChat, paths: Paths, log: Log, fingerprint: str) -> None:
     """Make the artefact `report`: metrics.json, curves.csv, transcript.jsonl, report.html, manifest."""
     determinism.apply(runtime)
     facts = manifest.verify(paths.model, "model")
@@ -51,7 +51,11 @@ def run(runtime: Runtime, eval_chat: EvalChat, paths: Paths, log: Log) -> None:
         samples = _rows(paths.checkpoint / "samples.jsonl")
         page = report.render(report.Content(identity, metrics, rows, history, samples, facts, checkpoint))
         (draft / "report.html").write_text(page, encoding="utf-8")
-        made.update(model=manifest.identity(paths.model, "model"), conditions=determinism.conditions(modeling.device()))
+        made.update(
+            fingerprint=fingerprint,
+            model=manifest.identity(paths.model, "model"),
+            conditions=determinism.conditions(modeling.device()),
+        )
     log(dict(manifest.flat(metrics)))
     print(report.headline(metrics, paths.report))
 
