@@ -72,6 +72,15 @@ class Workplace:
         }
 
 
+def wait_for(happened, process=None, seconds=180):
+    """Wait until something is so, while the process that is to do it lives."""
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert process is None or process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("clone") / "a folder with spaces"
@@ -179,11 +188,7 @@ def test_a_killed_run_goes_on_and_mlflow_has_each_step_once(built):
     command = ("docker/run", "python", "-m", "remint", "train")
     process = built.start(*command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     scratch = built.root / ".scratch/train"
-    deadline = time.monotonic() + 120
-    while not list(scratch.glob("*/steps/step-00000002")):
-        assert process.poll() is None, "it ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for(lambda: list(scratch.glob("*/steps/step-00000002")), process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (built.root / "data/checkpoint").exists()
@@ -197,6 +202,25 @@ def test_a_killed_run_goes_on_and_mlflow_has_each_step_once(built):
     histories = json.loads(built.run("python", "-c", code).splitlines()[-1])
     assert histories
     assert all(len(steps) == len(set(steps)) for steps in histories)
+
+
+def test_a_killed_dvc_takes_its_stage_along_and_the_next_goes_on(built):
+    whole = built.bytes("checkpoint")
+    built.edit("  sample_tokens: 4", "  sample_tokens: 5")
+    process = built.start("dvc", "repro", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    scratch = built.root / ".scratch/train"
+    wait_for(lambda: list(scratch.glob("*/steps/step-00000001")), process)
+    process.kill()
+    process.wait()
+    lock = next(scratch.glob("*/lock"))
+    wait_for(lambda: subprocess.run(["flock", "--nonblock", lock, "true"]).returncode == 0)
+    assert not (built.root / "data/checkpoint").exists()
+    assert "continuing after step" in built.run("dvc", "repro")
+    steps = [name for name in whole if name.endswith("state.safetensors")]
+    assert {name: built.bytes("checkpoint")[name] for name in steps} == {name: whole[name] for name in steps}
+    built.run("git", "checkout", "params.yaml", "dvc.lock")
+    built.run("dvc", "checkout", "--force")
+    assert built.bytes("checkpoint") == whole
 
 
 def test_plain_libraries_load_the_results(built):

@@ -1,6 +1,7 @@
 """The command line: `remint STAGE [key=value …]` runs a stage, `remint chat` talks to the result."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -79,6 +80,8 @@ def run_stage(stage: str, rest: Sequence[str]) -> int:
     key = fingerprint.of_stage(stage, raw)
     if "fingerprint" in run.__annotations__:
         arguments["fingerprint"] = key
+    if os.environ.get("DVC_STAGE"):  # set by DVC for what it starts
+        import_module("remint.process").end_with_parent()
     with import_module("remint.tracking").stage_run(stage, key, raw) as log:
         run(**arguments, log=log)
     return 0

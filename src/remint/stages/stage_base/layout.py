@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from remint import modeling, shards
 from remint.core.errors import ArtefactError, got
 from remint.manifest import dump_json
+from remint.stages.stage_base import internlm2
 from remint.stages.stage_base.settings import Model
 
 # Fields of config.json that name where a file lay or how the source was packed, and say nothing about the model.
@@ -33,7 +34,12 @@ def public_name(model: Model) -> str:
 
 
 def read_config(folder: Path, gguf: str | None) -> Any:
-    """The model's configuration; a folder's must pass the check for foreign code first."""
+    """The model's configuration; a folder's must pass the check for foreign code first.
+
+    InternLM2 names code of its own, which is dropped unread: the model becomes a Llama.
+    """
+    if gguf is None and _is_internlm2(folder):
+        return LlamaConfig(**internlm2.llama_config(json.loads((folder / "config.json").read_text(encoding="utf-8"))))
     if gguf is None:
         modeling.check_config(folder)
     return AutoConfig.from_pretrained(folder, gguf_file=gguf, trust_remote_code=False, local_files_only=True)
@@ -59,10 +65,12 @@ def write_weights(folder: Path, gguf: str | None, config: Any, dtype: torch.dtyp
     writer = Weights(draft, limit)
     tied = "lm_head.weight" if config.tie_word_embeddings else None
     if gguf is None:
+        converted = _is_internlm2(folder)
         for path in shards.files(folder):
             for name, tensor in shards.tensors(path):
-                if name != tied:
-                    writer.add(name, tensor.to(dtype))
+                for new_name, part in internlm2.to_llama(name, tensor, config) if converted else [(name, tensor)]:
+                    if new_name != tied:
+                        writer.add(new_name, part.to(dtype))
     else:
         # In fp32, the precision that GGUF defines its values in; rounded once, by the cast below.
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32, local_files_only=True)
@@ -71,6 +79,14 @@ def write_weights(folder: Path, gguf: str | None, config: Any, dtype: torch.dtyp
                 writer.add(name, tensor.to(dtype))
     writer.close()
     return writer
+
+
+def _is_internlm2(folder: Path) -> bool:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False  # told by the check that reads it next
+    return isinstance(config, dict) and config.get("model_type") == internlm2.MODEL_TYPE
 
 
 def write_config(config: Any, model: Model, draft: Path) -> None:
