@@ -22,7 +22,7 @@ CHANGES = {
     "  identity_copies: 2 ": "  identity_copies: 1 ",
     "  accumulation: 1 ": "  accumulation: 8 ",
     "  max_length: 256 ": "  max_length: 1024 ",
-    "  eval_steps: 100 ": "  eval_steps: 3 ",
+    "  eval_steps: 200 ": "  eval_steps: 3 ",
     "  save_steps: 20 ": "  save_steps: 1 ",
     "  sample_tokens: 48": "  sample_tokens: 4",
     "  max_new_tokens: 48": "  max_new_tokens: 4",
