@@ -43,7 +43,12 @@ class Workplace:
             f"GIT_{who}_{what}": "test@example.com" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")
         }
         # DVC runs commands by $SHELL; Debian's sh stays alive beside the command that it was given.
-        own = {"PATH": f"{self.bin}:{kept['PATH']}", "SHELL": "/bin/sh", "REMINT_DEVICE": "cpu", "DVC_NO_ANALYTICS": "1"}
+        own = {
+            "PATH": f"{self.bin}:{kept['PATH']}",
+            "SHELL": "/bin/sh",
+            "REMINT_DEVICE": "cpu",
+            "DVC_NO_ANALYTICS": "1",
+        }
         return {**kept, **author, **own}
 
     def start(self, *command, **options):

@@ -36,6 +36,7 @@ TRAIN = {
     "accumulation": 2,
     "precision": "float32",
     "gradient_checkpointing": False,
+    "kernels": "fused",
     "quantization": Quantization("nf4", True, 64, "once"),
     "lora": Lora(4, 8, 0.1, ["q_proj", "v_proj", "down_proj"]),
     "system": "",

@@ -95,9 +95,9 @@ def _model(seed: int, train: Train, base: Path) -> SupervisedLoss:
     model = modeling.load_model(base, modeling.DTYPES[train.precision], modeling.device())
     modeling.quantize(model, train.quantization)
     if train.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     determinism.seed_step(seed, "lora", 0)
-    return SupervisedLoss(modeling.add_lora(model, train.lora))
+    return SupervisedLoss(modeling.add_lora(model, train.lora), fused=train.kernels == "fused")
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

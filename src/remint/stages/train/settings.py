@@ -26,6 +26,7 @@ class Train:
     accumulation: int
     precision: str
     gradient_checkpointing: bool
+    kernels: str
     quantization: Quantization
     lora: Lora
     system: str
@@ -59,6 +60,7 @@ def _batch_rules(t: Train) -> list[tuple[bool, str, object, str]]:
         (1 <= t.micro_batch <= 4096, "micro_batch", t.micro_batch, "must be between 1 and 4096"),
         (1 <= t.accumulation <= 4096, "accumulation", t.accumulation, "must be between 1 and 4096"),
         (t.precision in DTYPES, "precision", t.precision, f"must be one of {', '.join(DTYPES)}"),
+        (t.kernels in ("fused", "plain"), "kernels", t.kernels, "must be fused or plain"),
     ]
 
 

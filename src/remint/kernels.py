@@ -1,0 +1,191 @@
+"""The training step in fewer passes over memory: the same mathematics as peft's and torch's own, added in another order.
+
+`install` puts three operations into a model with LoRA: adapted layers as one operation each, dropout from a fast
+generator, attention document by document. `head_loss` is the fourth. What cannot be fused is left as it was.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from bitsandbytes.nn import Linear4bit
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+ATTENTION = "remint_documents"
+# Layers that read the same input: one dropout mask serves them all.
+_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_HEAD_ROWS = 512  # positions whose logits are in memory at a time; part of the result, sums are split by it
+
+
+def install(model: Any) -> None:
+    """Change a peft model in place. Its parameters, their names and what it computes stay."""
+    for parent in model.modules():
+        adapted = {name: child for name, child in parent.named_children() if isinstance(child, LoraLayer)}
+        for group in _SIBLINGS:
+            if len(members := [adapted.pop(name) for name in group if name in adapted]) > 1:
+                _fuse(members)
+        for layer in adapted.values():
+            _fuse([layer])
+    if next(model.parameters()).device.type == "cpu":
+        model.get_base_model().set_attn_implementation(ATTENTION)
+
+
+def head_loss(hidden: torch.Tensor, head: nn.Linear, targets: torch.Tensor) -> torch.Tensor:
+    """Summed cross-entropy (nats) of `hidden` (N, width) through a frozen head against `targets` (N,)."""
+    if head.weight.requires_grad or type(head) is not nn.Linear or head.bias is not None:
+        return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
+    return _HeadLoss.apply(hidden, head.weight, targets)
+
+
+class SharedDropout(nn.Module):
+    """Dropout whose mask and result are made once for all `readers` of one input; the scale is 1 / (1 - p).
+
+    On a CPU, torch draws a mask one number after the other, which takes a tenth of a training step. Here 16 random bits
+    decide for each element, so p is met to 1/65536. The generator starts from torch's, whose state thus decides all.
+    """
+
+    def __init__(self, p: float, readers: int):
+        super().__init__()
+        self.p, self.readers = p, readers
+        self._input: torch.Tensor | None = None
+        self._output: torch.Tensor | None = None
+        self._left = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` with elements dropped, in training; the very same tensor gets the very same result."""
+        if not self.training or self.p == 0:
+            return x
+        if x is not self._input or self._left == 0:
+            self._input, self._left = x, self.readers
+            self._output = x * _mask(x, self.p) if x.device.type == "cpu" else F.dropout(x, self.p)
+        self._left -= 1
+        result = self._output
+        if self._left == 0:
+            self._input = self._output = None
+        assert result is not None
+        return result
+
+
+def _mask(like: torch.Tensor, p: float) -> torch.Tensor:
+    seed = int(torch.randint(2**62, (), dtype=torch.int64))
+    words = np.random.SFC64(seed).random_raw((like.numel() + 3) // 4)
+    bits = torch.from_numpy(words.view(np.int16)[: like.numel()]).view(like.shape)
+    scale = torch.tensor(1 / (1 - p), dtype=like.dtype)
+    return torch.where(bits >= round(p * 65536) - 32768, scale, torch.zeros((), dtype=like.dtype))
+
+
+def _fuse(layers: Sequence[LoraLayer]) -> None:
+    """Give layers with one input one dropout, and each its fused forward pass; none of them if one cannot have it.
+
+    It takes layers that compute in the adapter's own dtype: others convert their input first.
+    """
+    (adapter,) = layers[0].active_adapters
+    for layer in layers:
+        base = layer.base_layer
+        dtype = base.compute_dtype if isinstance(base, Linear4bit) else base.weight.dtype
+        if type(base) not in (nn.Linear, Linear4bit) or dtype != layer.lora_A[adapter].weight.dtype:
+            return
+    shared = SharedDropout(getattr(layers[0].lora_dropout[adapter], "p", 0.0), len(layers))
+    for layer in layers:
+        layer.lora_dropout[adapter] = shared
+        down, up = layer.lora_A[adapter], layer.lora_B[adapter]
+        layer.forward = _Fused(layer.base_layer, down, up, shared, layer.scaling[adapter])
+
+
+class _Fused:
+    """Forward pass of one adapted layer; holds modules, not tensors, because loading a state may replace those."""
+
+    def __init__(self, base: nn.Linear, down: nn.Linear, up: nn.Linear, dropout: SharedDropout, scale: float):
+        self.base, self.down, self.up, self.dropout, self.scale = base, down, up, dropout, scale
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        width = x.shape[-1]
+        dropped = self.dropout(x)
+        if isinstance(self.base, Linear4bit):  # it unpacks its weight itself
+            return self.base(x) + self.up(self.down(dropped)) * self.scale
+        y = _AdaptedLinear.apply(
+            x.reshape(-1, width),
+            dropped.reshape(-1, width),
+            self.base.weight,
+            self.down.weight,
+            self.up.weight,
+            self.scale,
+        )
+        y = y if self.base.bias is None else y + self.base.bias
+        return y.view(*x.shape[:-1], -1)
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    """y = x Wᵀ + scale · (d Aᵀ) Bᵀ with W frozen and d the input after dropout (LoRA, Hu et al. 2021)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, dropped: Any, weight: Any, down: Any, up: Any, scale: float) -> torch.Tensor:
+        low = dropped @ down.T
+        ctx.save_for_backward(dropped, low, weight, down, up)
+        ctx.scale = scale
+        return (x @ weight.T).addmm_(low, up.T, alpha=scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        (dy,) = gradients
+        dropped, low, weight, down, up = ctx.saved_tensors
+        dlow = (dy @ up).mul_(ctx.scale)
+        dx = dy @ weight if ctx.needs_input_grad[0] else None
+        ddropped = dlow @ down if ctx.needs_input_grad[1] else None
+        return dx, ddropped, None, dlow.T @ dropped, (dy.T @ low).mul_(ctx.scale), None
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Cross-entropy and its gradient in one pass: softmax minus one-hot, while the logits are there."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Any, weight: Any, targets: Any) -> torch.Tensor:
+        total = hidden.new_zeros((), dtype=torch.float32)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(hidden), _HEAD_ROWS):
+            rows = slice(start, start + _HEAD_ROWS)
+            logits = (hidden[rows] @ weight.T).float()
+            wanted = targets[rows, None]
+            norm = logits.logsumexp(-1, keepdim=True)
+            total += (norm - logits.gather(1, wanted)).sum()
+            if gradient is not None:
+                logits.sub_(norm).exp_()
+                logits.scatter_add_(1, wanted, torch.full_like(norm, -1.0))
+                gradient[rows] = logits.to(weight.dtype) @ weight
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        (gradient,) = ctx.saved_tensors
+        return gradient * gradients[0], None, None
+
+
+def _by_document(
+    module: nn.Module, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention function: causal attention inside each document of a single row, of (1, heads, T, width).
+
+    Nothing is computed between documents, where a mask computes all pairs and throws most away.
+    """
+    lengths = options.pop("document_lengths", None)
+    if lengths is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    groups = query.shape[1] // key.shape[1]
+    parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
+    answers = [
+        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=options.get("scaling"), enable_gqa=groups > 1)
+        for q, k, v in parts
+    ]
+    return torch.cat(answers, dim=2).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION, _by_document)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
