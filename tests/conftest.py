@@ -1,5 +1,7 @@
 """A real but tiny model: two layers of width 16 and a byte-level tokenizer, made here, so that nothing is fetched."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,23 +21,27 @@ CHATML = Template(
 )
 
 
-def write_tiny_model(folder: Path) -> Path:
-    """A Llama with random weights that are the same every time, as a Hugging Face folder."""
+def write_tiny_model(folder: Path, special: Sequence[str] = SPECIAL) -> Path:
+    """A Llama with random weights that are the same every time, as a Hugging Face folder.
+
+    `special` are the first tokens: the unknown one, the first of a text, the last of an answer, others.
+    """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate([*SPECIAL, *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<|endoftext|>"))
+    vocabulary = {token: index for index, token in enumerate([*special, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=special[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        unk_token="<|endoftext|>",
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<|im_end|>",
+        unk_token=special[0],
+        bos_token=special[1],
+        eos_token=special[2],
+        pad_token=special[2],
+        additional_special_tokens=list(special[3:]),
     )
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -54,6 +60,37 @@ def write_tiny_model(folder: Path) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     fast.save_pretrained(folder)
     return folder
+
+
+def to_internlm2(folder: Path) -> None:
+    """The tiny model in InternLM2's layout, written row by row as its own code would read it."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    weights, made = load_file(folder / "model.safetensors"), {}
+    names = {
+        "self_attn.o_proj": "attention.wo",
+        "mlp.gate_proj": "feed_forward.w1",
+        "mlp.up_proj": "feed_forward.w3",
+        "mlp.down_proj": "feed_forward.w2",
+        "input_layernorm": "attention_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
+    for name, tensor in weights.items():
+        if "self_attn.q_proj" in name:
+            q, k, v = (weights[name.replace("q_proj", f"{which}_proj")] for which in "qkv")
+            rows = [row for head in range(1) for block in (q[:8], q[8:], k, v) for row in block]
+            made[name.replace("self_attn.q_proj", "attention.wqkv")] = torch.stack(rows)
+        elif "self_attn.k_proj" in name or "self_attn.v_proj" in name:
+            continue
+        else:
+            for old, new in {**names, "embed_tokens": "tok_embeddings", "lm_head": "output"}.items():
+                name = name.replace(old, new)
+            made[name] = tensor.clone()
+    save_file(made, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "internlm2", "bias": False, "auto_map": {"AutoModel": "modeling_internlm2.X"}}
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 @pytest.fixture(scope="session")

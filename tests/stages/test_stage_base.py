@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from remint import chat, manifest, modeling
 from remint.core.errors import ArtefactError
@@ -16,7 +16,7 @@ from remint.core.paths import Paths
 from remint.stages.stage_base import internlm2, sources
 from remint.stages.stage_base.run import run
 from remint.stages.stage_base.settings import Model
-from tests.conftest import CHATML, write_tiny_model
+from tests.conftest import CHATML, to_internlm2, write_tiny_model
 
 BASE = Model(
     name="Tiny",
@@ -63,34 +63,6 @@ def test_a_folder_becomes_the_common_layout(paths):
     first = {p.name: p.read_bytes() for p in paths.base.iterdir()}
     stage(paths)
     assert {p.name: p.read_bytes() for p in paths.base.iterdir()} == first
-
-
-def to_internlm2(folder):
-    """The tiny model in InternLM2's layout, written row by row as its own code would read it."""
-    weights, made = load_file(folder / "model.safetensors"), {}
-    names = {
-        "self_attn.o_proj": "attention.wo",
-        "mlp.gate_proj": "feed_forward.w1",
-        "mlp.up_proj": "feed_forward.w3",
-        "mlp.down_proj": "feed_forward.w2",
-        "input_layernorm": "attention_norm",
-        "post_attention_layernorm": "ffn_norm",
-    }
-    for name, tensor in weights.items():
-        if "self_attn.q_proj" in name:
-            q, k, v = (weights[name.replace("q_proj", f"{which}_proj")] for which in "qkv")
-            rows = [row for head in range(1) for block in (q[:8], q[8:], k, v) for row in block]
-            made[name.replace("self_attn.q_proj", "attention.wqkv")] = torch.stack(rows)
-        elif "self_attn.k_proj" in name or "self_attn.v_proj" in name:
-            continue
-        else:
-            for old, new in {**names, "embed_tokens": "tok_embeddings", "lm_head": "output"}.items():
-                name = name.replace(old, new)
-            made[name] = tensor.clone()
-    save_file(made, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "internlm2", "bias": False, "auto_map": {"AutoModel": "modeling_internlm2.X"}}
-    (folder / "config.json").write_text(json.dumps(config))
 
 
 def test_internlm2_becomes_a_llama_with_the_same_logits(paths):
