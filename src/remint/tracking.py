@@ -5,6 +5,7 @@ MLflow watches, DVC owns: whatever goes wrong here is told in a line and changes
 
 import contextlib
 import json
+import logging
 import os
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
@@ -54,10 +55,17 @@ class _Sink:
 
     def __init__(self, opened: Callable[[], tuple[Any, str, dict[str, int]]]):
         self._client: Any = None
+        self._monitor: Any = None
         self._guard(lambda: self._start(*opened()))
 
     def _start(self, client: Any, run_id: str, logged: dict[str, int]) -> None:
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
         self._client, self._run_id, self._logged = client, run_id, logged
+        # Processor, memory, disk and GPU, every ten seconds, beside the stage's own figures.
+        logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)
+        self._monitor = SystemMetricsMonitor(run_id, resume_logging=bool(logged), tracking_uri=store())
+        self._monitor.start()
 
     def log(self, metrics: Mapping[str, float], step: int = 0) -> None:
         """Send what was not sent for this step before."""
@@ -76,6 +84,8 @@ class _Sink:
 
     def close(self, status: str) -> None:
         """End the run with MLflow's word for how it went."""
+        if self._monitor:
+            self._monitor.finish()
         if self._client:
             self._guard(lambda: self._client.set_terminated(self._run_id, status))
 
