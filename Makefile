@@ -50,14 +50,16 @@ recipe: $(DONE) ## put one in place (NAME=smoke, FORCE=1 to overwrite changes of
 status: $(DONE) ## say which stages would run
 	@$(BIN)/dvc status
 
-metrics: $(DONE) ## show the figures of the last run (against another: REV=HEAD~1)
-	@$(if $(REV),$(BIN)/dvc metrics diff $(REV),$(BIN)/dvc metrics show)
+metrics: $(DONE) ## show the figures of the last run beside those of a commit (REV=HEAD~1)
+	@$(BIN)/dvc metrics diff --all $(REV)
 
 plots: $(DONE) ## draw the curves into dvc_plots/index.html
 	@$(BIN)/dvc plots show
 
 experiments: $(DONE) ## compare experiments in a table
-	@$(BIN)/dvc exp show --only-changed
+	@# The figures that one chooses by; `dvc exp show` has the rest.
+	@$(BIN)/dvc exp show --only-changed --drop 'base[.]|data/|src/|docker/|conf/' \
+		--drop 'merged[.](control|(maker|leak)_|name$$)'
 
 verify: $(DONE) ## recompute every artefact's checksums
 	@$(BIN)/remint verify
