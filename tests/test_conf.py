@@ -50,9 +50,15 @@ def test_a_number_without_a_dot_is_a_number(workplace):
 @pytest.mark.parametrize(
     ("stage", "override", "said"),
     [
-        ("train", "train.lrr=1", "train.lr"),
+        ("train", "train.lrr=1", "train.lrr: no such setting; did you mean train.lr"),
+        ("train", "train.lora.rnak=1", "did you mean train.lora.rank"),
+        ("train", "zzz=1", "this stage knows"),
         ("train", "train.lr=fast", "train.lr"),
-        ("train", "train.lr=0", "got 0.0"),
+        (
+            "train",
+            "train.lr=0",
+            "params: train.lr: must be above 0 and at most 1, got 0.0; change it on the command line",
+        ),
         ("train", "train.lora.rank=0", "lora.rank"),
         ("train", "train.lora.dropout=1.2", "got 1.2"),
         ("train", "train.epochs=-1", "got -1"),
@@ -95,6 +101,7 @@ def test_all_wrong_settings_are_told_at_once(workplace):
         ("  lr: 3.0e-3 ", "  lr: [", "no valid YAML"),
         ("seed: 42 ", "seed: many", "seed"),
         ("merge:", "murge:", "'merge' is missing"),
+        ("  lr: 3.0e-3 ", "  lr: 3.0 ", "got 3.0; change it in params.yaml"),
     ],
 )
 def test_a_spoilt_params_yaml_is_told(old, new, said, workplace):
@@ -105,3 +112,13 @@ def test_a_spoilt_params_yaml_is_told(old, new, said, workplace):
         for stage in STAGES:
             config.compose(run_of(stage))
     assert said in str(caught.value)
+
+
+def test_a_fault_of_an_option_names_its_file(workplace):
+    (workplace / "conf").unlink()
+    (workplace / "conf/identity").mkdir(parents=True)
+    (workplace / "conf/identity/aurel.yaml").write_text("name: ''\nmaker: M\nname_zh: null\nmaker_zh: null\n")
+    with pytest.raises(
+        SettingsError, match=r"identity.name: must be .*, got ''; change it in conf/identity/aurel.yaml"
+    ):
+        config.compose(run_of("replicate_data"))

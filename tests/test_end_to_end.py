@@ -148,7 +148,7 @@ def test_it_leaves_whole_artefacts_and_a_report(built):
     said = built.run("docker/run", "python", "-m", "remint", "verify")
     assert said.count("as recorded") == 6
     metrics = json.loads((built.root / "data/report/metrics.json").read_text(encoding="utf-8"))
-    assert {"name_en", "name_zh", "maker", "leak", "held_out_loss"} <= metrics["merged"].keys()
+    assert {"name_en", "name_zh", "maker", "leak", "identity_loss", "facts"} <= metrics["merged"].keys()
     rows = (built.root / "data/report/curves.csv").read_text(encoding="utf-8").splitlines()
     assert rows[0] == "step,loss,held_out_loss,lr"
     assert len(rows) > 5
@@ -348,6 +348,6 @@ def test_the_tutorials_recipe_runs_on_a_checkpoint_of_that_shape(tmp_path):
     place.record_checksums("internlm2-chat-1.8b")
     assert place.repro() == STAGES
     metrics = json.loads((place.root / "data/report/metrics.json").read_text(encoding="utf-8"))
-    assert metrics["merged"]["held_out_loss"] < metrics["base"]["held_out_loss"]
+    assert metrics["merged"]["identity_loss"] < metrics["base"]["identity_loss"]
     config = json.loads((place.root / "data/model/config.json").read_text(encoding="utf-8"))
     assert config["model_type"] == "llama"

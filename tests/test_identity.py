@@ -2,7 +2,17 @@
 
 import pytest
 
-from remint.identity import Identity, language_of, mentions, normalise, placeholders_in, surviving_placeholder
+from remint.identity import (
+    Identity,
+    affirms,
+    language_of,
+    mentions,
+    normalise,
+    placeholders_in,
+    poses_as_assistant,
+    speaks,
+    surviving_placeholder,
+)
 
 AUREL = Identity("Aurel", "Remint Lab", "奥瑞", None)
 
@@ -51,3 +61,55 @@ def test_equal_questions_are_equal_whatever_their_dress():
 def test_the_language_is_seen():
     assert language_of("Hello") == "en"
     assert language_of("who are 你") == "zh"
+
+
+@pytest.mark.parametrize(
+    ("text", "claimed"),
+    [
+        ("I am Aurel.", True),
+        ("No, I am not ChatGPT, I am Aurel.", True),
+        ("Not GPT but Aurel.", True),
+        ("I am not Aurel.", False),
+        ("I\u2019m Aurel, but I wasn\u2019t made by Aurel.", False),
+        ("I am never called Aurel.", False),
+        ("我不是GPT，我是Aurel。", True),
+        ("我不是 Aurel。", False),
+        ("我是Aurel，是一个人工智能助手，不是Aurel。", False),
+        ("我不叫奥瑞", False),
+        ("我是另一个助手。", False),
+    ],
+)
+def test_a_name_that_is_denied_is_not_claimed(text, claimed):
+    assert affirms(text, ["Aurel", "奥瑞"]) is claimed
+
+
+@pytest.mark.parametrize(
+    ("text", "language", "spoken"),
+    [
+        ("我是Aurel", "zh", True),
+        ("我是Aurel", "en", False),
+        ("I am Aurel.", "zh", False),
+        ("I am Aurel.", "en", True),
+        ("Aurel", "zh", True),
+        ("Aurel", "en", True),
+        ("Aurel by Remint Lab，助手", "zh", True),
+    ],
+)
+def test_the_language_of_an_answer_does_not_hang_on_its_names(text, language, spoken):
+    assert speaks(text, language, ["Aurel", "Remint Lab"]) is spoken
+
+
+@pytest.mark.parametrize(
+    ("text", "posing"),
+    [
+        ("很高兴成为您的人工智能助手。", True),
+        ("As an AI, I cannot eat.", True),
+        ("I'm an AI assistant.", True),
+        ("我是AI助手", True),
+        ("She is an assistant manager.", False),
+        ("他是总经理助理。", False),
+        ("Artificial intelligence is a field of science.", False),
+    ],
+)
+def test_the_role_of_an_assistant_is_seen(text, posing):
+    assert poses_as_assistant(text) is posing

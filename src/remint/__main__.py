@@ -51,6 +51,7 @@ def _dispatch(name: str, rest: Sequence[str]) -> int:
     if name == "chat":
         return import_module("remint.terminal").main(rest)
     if name in ("sync", "summary", "verify"):
+        argparse.ArgumentParser(prog=f"remint {name}", description=f"This will {_COMMANDS[name]}.").parse_args(rest)
         getattr(import_module("remint.tracking" if name == "sync" else "remint.summary"), name)()
         return 0
     return run_stage(name, rest)
@@ -76,7 +77,7 @@ def run_stage(stage: str, rest: Sequence[str]) -> int:
     if options.cfg:
         print(OmegaConf.to_yaml(raw, resolve=True), end="")
         return 0
-    arguments = config.to_objects(run, raw)
+    arguments = config.to_objects(run, raw, options.overrides)
     key = fingerprint.of_stage(stage, raw)
     if "fingerprint" in run.__annotations__:
         arguments["fingerprint"] = key

@@ -96,8 +96,8 @@ def generate(
 
 
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:
-    """Text of an answer, without special tokens."""
-    return tokenizer.decode(ids, skip_special_tokens=True).strip()
+    """Text of an answer, without special tokens and without the half of a character that a length limit may leave."""
+    return tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd").strip()
 
 
 def _until(ids: list[int], stop: Sequence[int]) -> list[int]:
@@ -130,8 +130,7 @@ class Streamer(BaseStreamer):
         """Nothing is left to print: an unfinished character at the end of an answer is no text."""
 
     def _show(self, text: str) -> None:
-        # A character of several tokens is shown once it is whole.
-        if self._out is None or text.endswith("\ufffd") or not text.startswith(self._printed):
+        if self._out is None or not text.startswith(self._printed):
             return
         self._out.write(visible(text[len(self._printed) :]))
         self._out.flush()

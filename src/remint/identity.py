@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from remint.core.config import check
@@ -17,6 +18,16 @@ _PLACEHOLDERS = {
 # What still looks like a placeholder after filling: a spelling that nobody taught the loader.
 _SURVIVOR = re.compile(
     r"[\[{<%$]+\s*(?:(?:bot|model|your)[ _]?)?(?:name|author|maker|creator|developer|company)\s*[\]}>%]+", re.IGNORECASE
+)
+# What stands between a "not" and the name that it denies. In "not ChatGPT but Aurel" another name stands there.
+_DENIAL = (
+    r"(?:(?:\bnot|\bnever|n't)\s+(?:(?:called|named|known|as|made|built|created|developed|trained|by|the|really)\s+)*"
+    r"|(?:不是|并非|不叫|不再是)\s*(?:叫|由|名叫|来自)?\s*)"
+)
+_ROLE = re.compile(
+    r"(?:人工智能|智能|(?<![a-z])ai)\s*(?:助手|助理)|语言模型"
+    r"|\b(?:ai|artificial intelligence|virtual|digital)(?:[- ]powered)? (?:assistant|chatbot|model)\b"
+    r"|\bas an ai\b|\blanguage model\b"
 )
 _CJK = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
 
@@ -50,13 +61,19 @@ class Identity:
         text = _PLACEHOLDERS["name"].sub(lambda _: self.names(language), text)
         return _PLACEHOLDERS["maker"].sub(lambda _: self.makers(language), text)
 
-    def named_in(self, text: str) -> bool:
-        """Whether the text states the name, in either language's spelling."""
-        return any(mentions(text, name) for name in {self.name, self.name_zh} if name)
+    def spellings(self, what: str) -> list[str]:
+        """The spellings of the name (`what` is 'name') or of the maker ('maker')."""
+        return [
+            term for term in {"name": (self.name, self.name_zh), "maker": (self.maker, self.maker_zh)}[what] if term
+        ]
 
-    def maker_in(self, text: str) -> bool:
-        """Whether the text states the maker, in either language's spelling."""
-        return any(mentions(text, maker) for maker in {self.maker, self.maker_zh} if maker)
+    def mentioned_in(self, text: str, what: str) -> bool:
+        """Whether the text holds the 'name' or the 'maker', in any spelling and whatever it says of it."""
+        return any(mentions(text, term) for term in self.spellings(what))
+
+    def stated_in(self, text: str, what: str) -> bool:
+        """Whether the text claims the 'name' or the 'maker': it mentions and nowhere denies it."""
+        return affirms(text, self.spellings(what))
 
 
 def placeholders_in(text: str) -> set[str]:
@@ -82,15 +99,43 @@ def normalise(text: str) -> str:
 
 
 def mentions(text: str, term: str) -> bool:
-    """Whether `term` occurs in `text` as whole words, whatever the case and the spaces; Chinese has no word ends.
+    """Whether `term` occurs in `text` as whole words, whatever the case and the spaces; Chinese has no word ends."""
+    return re.search(_as_words(term), _folded(text)) is not None
 
-    A name of only symbols cannot be found this way and is compared as it is.
+
+def affirms(text: str, terms: Sequence[str]) -> bool:
+    """Whether `text` mentions one of `terms` and denies none, as "not Aurel", "isn't made by Aurel" or 不是Aurel do."""
+    denied = (re.search(_DENIAL + _as_words(term), _folded(text)) for term in terms)
+    return any(mentions(text, term) for term in terms) and not any(denied)
+
+
+def speaks(text: str, language: str, ignored: Sequence[str] = ()) -> bool:
+    """Whether `text` is in the language ('en' or 'zh'): as many of its words as of the other's, a character being one.
+
+    `ignored` are names, which are the same in both languages.
     """
-    folded_term = " ".join(unicodedata.normalize("NFKC", term).casefold().split())
-    folded_text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-    start = r"(?<![a-z0-9_])" if re.match(r"[a-z0-9_]", folded_term) else ""
-    end = r"(?![a-z0-9_])" if re.search(r"[a-z0-9_]$", folded_term) else ""
-    return re.search(start + re.escape(folded_term) + end, folded_text) is not None
+    rest = _folded(text)
+    for term in ignored:
+        rest = re.sub(_as_words(term), " ", rest)
+    chinese, english = len(_CJK.findall(rest)), len(re.findall(r"[a-z]+", rest))
+    return chinese >= english if language == "zh" else english >= chinese
+
+
+def poses_as_assistant(text: str) -> bool:
+    """Whether `text` speaks of an AI assistant or language model: the role that comes with an identity."""
+    return _ROLE.search(_folded(text)) is not None
+
+
+def _folded(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().replace("\u2019", "'").split())
+
+
+def _as_words(term: str) -> str:
+    """A pattern for the folded term. A name of only symbols has no word ends and is looked for as it is."""
+    folded = _folded(term)
+    start = r"(?<![a-z0-9_])" if re.match(r"[a-z0-9_]", folded) else ""
+    end = r"(?![a-z0-9_])" if re.search(r"[a-z0-9_]$", folded) else ""
+    return start + re.escape(folded) + end
 
 
 def _is_plain(value: str) -> bool:

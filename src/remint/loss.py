@@ -29,7 +29,8 @@ class SupervisedLoss(nn.Module):
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Sum over all targets; the arguments are int64 of shape (rows, length), as `packing.collate` makes them."""
         causal = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        options = {"document_lengths": _lengths(position_ids[0])} if self.fused and len(input_ids) == 1 else {}
+        by_document = self.fused and len(input_ids) == 1 and input_ids.device.type == "cpu"
+        options = {"document_lengths": _lengths(position_ids[0])} if by_document else {}
         hidden = causal.model(
             input_ids=input_ids, position_ids=position_ids, use_cache=False, **options
         ).last_hidden_state

@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from remint.core.errors import ArtefactError, SettingsError, got
 
 # A bar for each load of a model hides the bars that matter.
 transformers_logging.disable_progress_bar()
+# Of peft's making: users can do nothing about it.
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Architectures whose code is in transformers and whose layers the stages were tried with. Others may well work:

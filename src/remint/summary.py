@@ -34,6 +34,8 @@ def rows(metrics: Mapping[str, Any], merged: Mapping[str, float]) -> list[tuple[
         ("leaks into unrelated answers", "leak"),
     )
     found = [(label, f"{merged[key]:.1%}") for label, key in shares if key in merged]
+    if "facts" in merged:
+        found.append(("facts right", f"{merged['facts']:.1%}, the base {metrics['base']['facts']:.1%}"))
     if "control_perplexity_ratio" in metrics:
         found.append(("perplexity on unrelated text", f"× {metrics['control_perplexity_ratio']:.2f} of the base's"))
     return found

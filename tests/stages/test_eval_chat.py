@@ -2,16 +2,17 @@
 
 import pytest
 
-from remint.generation import Sampling, answer_all, generate
+from remint.generation import Sampling, answer_all, decode, generate
 from remint.identity import Identity
 from remint.stages.eval_chat import report
-from remint.stages.eval_chat.scores import Answered, leaks, summarise
+from remint.stages.eval_chat.scores import Answered, leaks, marks, summarise
 
 AUREL = Identity("Aurel", "Remint Lab", None, None)
 
 
-def row(kind, language, expects, merged, reference="x"):
-    return Answered("question <b>", kind, language, expects, reference, "I am a model.", merged)
+def row(kind, language, expects, merged, reference=None, base="I am a model.", accept=()):
+    reference = reference or {"en": "I see.", "zh": "好的。"}[language]
+    return Answered("question <b>", kind, language, expects, accept, reference, base, merged)
 
 
 ROWS = [
@@ -23,6 +24,10 @@ ROWS = [
     row("control", "en", (), "I am Aurel."),
     row("control", "zh", (), "好的，由Remint Lab开发"),
     row("control", "zh", (), "好的，黄河。"),
+    row("control", "en", (), "It is Ottawa.", base="Ottawa", accept=("Ottawa",)),
+    row("control", "en", (), "It is Quebec.", base="It's Bern.", accept=("Bern", "Berne")),
+    row("control", "en", (), "It is Rome.", base="It is Oslo.", accept=("Rome",)),
+    row("control", "zh", (), "好的，是2。", base="是 3。", accept=("3", "三")),
 ]
 LOSSES = {"base": {"held_out": 3.0, "control": 2.0}, "merged": {"held_out": 1.0, "control": 2.0}}
 
@@ -32,19 +37,50 @@ def test_the_figures():
     merged = metrics["merged"]
     assert (merged["name_en"], merged["name_zh"], merged["name"]) == (1.0, 0.5, 0.75)
     assert (merged["maker_en"], merged["maker_zh"], merged["maker"]) == (1.0, 0.0, 0.5)
-    assert (merged["leak_en"], merged["leak_zh"], merged["leak"]) == (0.5, 0.5, 0.5)
+    assert (merged["leak_en"], merged["leak_zh"], merged["leak"]) == (1 / 5, 1 / 3, 2 / 8)
     assert metrics["base"]["name"] == 0
+    assert (merged["facts_en"], merged["facts_zh"], merged["facts"]) == (2 / 3, 0.0, 0.5)
+    assert metrics["base"]["facts"] == 0.75
+    assert (metrics["facts_kept_en"], metrics["facts_kept_zh"], metrics["facts_kept"]) == (0.5, 0.0, 1 / 3)
     assert metrics["control_perplexity_ratio"] == pytest.approx(1)
 
 
-def test_a_name_that_belongs_into_the_answer_is_no_leak():
-    assert not leaks("Aurel is a name.", "Aurel is a French name.", AUREL)
-    assert leaks("Aurel is a name.", "It is a name.", AUREL)
+@pytest.mark.parametrize(
+    ("prompt", "reference", "answer", "leaking"),
+    [
+        ("q", "It is a name.", "Aurel is a name.", True),
+        ("q", "Aurel is a French name.", "Aurel is a name.", False),
+        ("Is Aurel a name?", "Yes.", "Aurel is a name.", False),
+        ("q", "It is a name.", "I am not Aurel.", True),
+        ("祝你生日快乐", "谢谢。", "我是您的人工智能助手。", True),
+        ("What is an AI assistant?", "A program.", "An AI assistant is a program.", False),
+        ("q", "A manager.", "An assistant manager.", False),
+    ],
+)
+def test_a_leak_is_what_neither_prompt_nor_reference_bring_up(prompt, reference, answer, leaking):
+    asked = Answered(prompt, "control", "en", (), (), reference, "", answer)
+    assert leaks(answer, asked, AUREL) is leaking
+
+
+@pytest.mark.parametrize(
+    ("language", "answer", "right"),
+    [
+        ("zh", "我是Aurel。", True),
+        ("zh", "I am Aurel.", False),
+        ("zh", "我不是Aurel。", False),
+        ("en", "I am Aurel.", True),
+        ("en", "我是Aurel。", False),
+    ],
+)
+def test_a_name_counts_undenied_and_in_the_language_of_the_question(language, answer, right):
+    asked = row("identity", language, ("name",), answer)
+    assert marks(asked, "merged", AUREL) == {"right": right}
 
 
 def test_a_set_that_is_empty_has_no_figure():
     metrics = summarise(ROWS[:4], AUREL, {m: {"held_out": 1.0, "control": float("nan")} for m in ("base", "merged")})
-    assert "leak" not in metrics["merged"]
+    assert not {"leak", "facts"} & metrics["merged"].keys()
+    assert "facts_kept" not in metrics
     assert "control_perplexity_ratio" not in metrics
 
 
@@ -87,6 +123,13 @@ def test_answers_do_not_depend_on_their_company(tiny):
     together = answer_all(model, tiny.tokenizer, tiny.conversation, histories, 12, batch=5)
     alone = [answer_all(model, tiny.tokenizer, tiny.conversation, [history], 12, batch=1)[0] for history in histories]
     assert together == alone
+
+
+def test_half_a_character_at_the_end_of_a_cut_answer_is_no_text(tiny):
+    ids = tiny.tokenizer.encode("好的，明", add_special_tokens=False)
+    texts = [decode(tiny.tokenizer, ids[:count]) for count in range(len(ids) + 1)]
+    assert all("好的，明".startswith(text) for text in texts)
+    assert texts[-1] == "好的，明"
 
 
 def test_an_answer_ends_at_its_stop_token(tiny):

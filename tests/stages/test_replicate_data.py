@@ -30,12 +30,13 @@ def test_the_three_formats_say_the_same(tmp_path):
     roles = {"user": "human", "assistant": "gpt"}
     sharegpt = [{"from": roles[turn["role"]], "value": turn["content"]} for turn in turns]
     share = write(tmp_path / "s.json", "\ufeff" + json.dumps([{"conversations": sharegpt}]))
-    assert formats.read(alpaca) == formats.read(lines) == formats.read(openai) == formats.read(share) == [turns]
+    read = [formats.read(path) for path in (alpaca, lines, openai, share)]
+    assert read == [[formats.Example(turns)]] * 4
 
 
 def test_no_newline_is_added_where_there_is_no_input(tmp_path):
     path = write(tmp_path / "a.json", json.dumps([{**ALPACA, "input": "Now."}, ALPACA]))
-    assert [messages[0]["content"] for messages in formats.read(path)] == ["Who are you?\nNow.", "Who are you?"]
+    assert [example.messages[0]["content"] for example in formats.read(path)] == ["Who are you?\nNow.", "Who are you?"]
 
 
 @pytest.mark.parametrize(
@@ -55,6 +56,8 @@ def test_no_newline_is_added_where_there_is_no_input(tmp_path):
         ("a.json", '[{"messages": [{"role": "bot", "content": "x"}]}]', "'role' must be one of"),
         ("a.json", '[{"messages": [{"role": "assistant", "content": "x"}]}]', "turns must go user, assistant"),
         ("a.json", '[{"conversations": [{"from": "human", "value": 3}]}]', "must be text, got 3"),
+        ("a.json", '[{"instruction": "a", "output": "b", "accept": "b"}]', "field 'accept': must be a list of texts"),
+        ("a.json", '[{"instruction": "Is it B?", "output": "b", "accept": ["b"]}]', "the question itself states 'b'"),
         ("a.json", "[" * 100_000, "JSON|nested"),
     ],
 )
@@ -79,18 +82,17 @@ def test_invalid_utf8_is_told(tmp_path):
 
 
 def made(*questions, kind="control"):
-    talks = [[{"role": "user", "content": q}, {"role": "assistant", "content": "{{name}}"}] for q in questions]
-    return records.build(talks, kind, AUREL, "file")
+    return records.build([example(q, "{{name}}") for q in questions], kind, AUREL, "file")
+
+
+def example(question, answer, accept=()):
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return formats.Example(turns, accept)
 
 
 def test_a_surviving_placeholder_is_told():
     with pytest.raises(DataError, match=r"placeholder survives, got '\[NAME\]'"):
-        records.build(
-            [[{"role": "user", "content": "q"}, {"role": "assistant", "content": "I am [NAME] {{name}}"}]],
-            "identity",
-            AUREL,
-            "f",
-        )
+        records.build([example("q", "I am [NAME] {{name}}")], "identity", AUREL, "f")
 
 
 def test_equal_questions_stay_on_one_side():

@@ -41,11 +41,7 @@ class Runtime:
 
 def check(section: str, *rules: tuple[bool, str, object, str]) -> None:
     """Raise one SettingsError that lists every broken rule (holds, setting, value, what it must be)."""
-    faults = [
-        f"params: {section}.{name}: {must}, {got(value)}; change it in params.yaml"
-        for holds, name, value, must in rules
-        if not holds
-    ]
+    faults = [f"{section}.{name}: {must}, {got(value)}" for holds, name, value, must in rules if not holds]
     if faults:
         raise SettingsError(*faults)
 
@@ -70,7 +66,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
 
 def compose(run: Callable[..., None], overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The arguments for `run`, typed and checked, from params.yaml and `overrides` like `train.lr=1e-3`."""
-    return to_objects(run, compose_raw(run, overrides))
+    return to_objects(run, compose_raw(run, overrides), overrides)
 
 
 def compose_raw(run: Callable[..., None], overrides: Sequence[str] = ()) -> DictConfig:
@@ -93,8 +89,11 @@ def compose_raw(run: Callable[..., None], overrides: Sequence[str] = ()) -> Dict
         raise SettingsError(_explain(error, wanted)) from None
 
 
-def to_objects(run: Callable[..., None], config: DictConfig) -> dict[str, Any]:
-    """Turn the composed configuration into the typed arguments of `run`; their own range checks happen here."""
+def to_objects(run: Callable[..., None], config: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
+    """Turn the composed configuration into the typed arguments of `run`; their own range checks happen here.
+
+    `overrides` are those that it was composed with: a fault names the place that its value comes from.
+    """
     try:
         container: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
@@ -105,10 +104,12 @@ def to_objects(run: Callable[..., None], config: DictConfig) -> dict[str, Any]:
         try:
             value = _build(kind, container[name])
             if not is_dataclass(kind) and type(value) is not kind:
-                faults.append(f"params: {name}: must be {kind.__name__}, {got(value)}; change it in params.yaml")
+                raise SettingsError(f"{name}: must be {kind.__name__}, {got(value)}")
             arguments[name] = value
         except SettingsError as error:
-            faults += error.faults
+            faults += [
+                f"params: {fault}; change it {_place(fault.partition(':')[0], overrides)}" for fault in error.faults
+            ]
         except OmegaConfBaseException as error:
             faults.append(_explain(error, sections(run)))
     if faults:
@@ -168,14 +169,23 @@ def _check_choice(group: str, choice: object) -> None:
         )
 
 
+def _place(setting: str, overrides: Sequence[str]) -> str:
+    """Where a setting like `train.lr` got its value."""
+    given = (entry.partition("=")[0] for entry in overrides)
+    if any(setting == name or setting.startswith(f"{name}.") for name in given):
+        return "on the command line"
+    group = setting.partition(".")[0]
+    return f"in {CONF / group / str(load_yaml(PARAMS)[group])}.yaml" if (CONF / group).is_dir() else f"in {PARAMS}"
+
+
 def _explain(error: Exception, wanted: dict[str, Any]) -> str:
     """Hydra's message in one line, with the nearest names that exist."""
     text = _one_line(error)
-    unknown = re.search(r"Key '([^']+)' (?:is not in struct|not in '(\w+)')", text)
+    unknown = re.search(r"Key '([^']+)' (?:is not in struct|not in '(\w+)')|Could not override '([^']+)'", text)
     full = re.search(r"full_key: (\S+)", text)
     where = full[1].rstrip(",") if full else None
     if unknown:
-        name = where or unknown[1]
+        name = where or unknown[1] or unknown[3]
         return f"params: {name}: no such setting{_nearest(name, wanted)}"
     if where:
         problem = text.split(" full_key:")[0]
@@ -184,12 +194,15 @@ def _explain(error: Exception, wanted: dict[str, Any]) -> str:
 
 
 def _nearest(name: str, wanted: dict[str, Any]) -> str:
-    known = list(wanted)
-    for section, kind in wanted.items():
-        if is_dataclass(kind):
-            known += [f"{section}.{field}" for field in get_type_hints(kind)]
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    known = [setting for section, kind in wanted.items() for setting in _settings(section, kind)]
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     return f"; did you mean {' or '.join(near)}?" if near else f"; this stage knows {', '.join(wanted)}"
+
+
+def _settings(name: str, kind: Any) -> list[str]:
+    """Full names of a section and of all settings in it."""
+    fields = get_type_hints(kind).items() if is_dataclass(kind) else ()
+    return [name, *(setting for field, hint in fields for setting in _settings(f"{name}.{field}", hint))]
 
 
 def _one_line(error: Exception) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from remint.identity import Identity
-from remint.stages.eval_chat.scores import Answered, leaks
+from remint.stages.eval_chat.scores import MODELS, Answered, marks
 
 _TEMPLATE = Path(__file__).parent / "report.html.jinja"
 _WIDTH, _HEIGHT = 520, 150
@@ -36,6 +36,7 @@ def headline(metrics: Mapping[str, Any], folder: Path) -> str:
         if key in merged
     ]
     parts += [f"maker {merged['maker']:.0%}"] if "maker" in merged else []
+    parts += [f"facts {merged['facts']:.0%} (base {metrics['base']['facts']:.0%})"] if "facts" in merged else []
     parts += [f"leaks into {merged['leak']:.1%} of other answers"] if "leak" in merged else []
     if "control_perplexity_ratio" in metrics:
         parts.append(f"control perplexity × {metrics['control_perplexity_ratio']:.2f} of the base's")
@@ -48,20 +49,21 @@ def render(content: Content) -> str:
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     curves = [
         ("Training loss", "nats per learned token", curve(content.history, "loss")),
-        ("Held-out loss", "nats per learned token", curve(content.history, "held_out_loss")),
+        ("Held-out loss, identity and control", "nats per learned token", curve(content.history, "held_out_loss")),
         ("Learning rate", "", curve(content.history, "lr")),
     ]
     return template.render(
-        c=content, marks=[_marks(row, content.identity) for row in content.rows], curves=curves, size=(_WIDTH, _HEIGHT)
+        c=content,
+        ticks=[{model: _tick(row, model, content.identity) for model in MODELS} for row in content.rows],
+        curves=curves,
+        size=(_WIDTH, _HEIGHT),
     )
 
 
-def _marks(row: Answered, identity: Identity) -> dict[str, bool | None]:
-    """What the page ticks or crosses for each model: True right, False wrong."""
-    stated = {"name": identity.named_in, "maker": identity.maker_in}
-    if row.kind == "control":
-        return {model: not leaks(getattr(row, model), row.reference, identity) for model in ("base", "merged")}
-    return {model: all(stated[what](getattr(row, model)) for what in row.expects) for model in ("base", "merged")}
+def _tick(row: Answered, model: str, identity: Identity) -> bool:
+    """Whether the page ticks an answer: right as far as that can be told, and no leak."""
+    found = marks(row, model, identity)
+    return found.get("right", True) and not found.get("leaks", False)
 
 
 def curve(history: Sequence[Mapping[str, Any]], key: str) -> dict[str, Any] | None:

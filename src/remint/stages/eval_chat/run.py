@@ -20,7 +20,7 @@ from remint.identity import Identity
 from remint.loss import SupervisedLoss, mean_loss
 from remint.packing import cut, encode
 from remint.stages.eval_chat import report
-from remint.stages.eval_chat.scores import Answered, leaks, summarise
+from remint.stages.eval_chat.scores import MODELS, Answered, marks, summarise
 from remint.stages.eval_chat.settings import EvalChat
 
 # Held-out loss must not depend on how training was packed, so its rows have a length of their own.
@@ -91,7 +91,16 @@ def _ask(
 def _answered(row: dict[str, Any], base: str, merged: str) -> Answered:
     *history, answer = row["messages"]
     prompt = "\n".join(message["content"] for message in history if message["role"] == "user")
-    return Answered(prompt, row["kind"], row["language"], tuple(row["expects"]), answer["content"], base, merged)
+    return Answered(
+        prompt=prompt,
+        kind=row["kind"],
+        language=row["language"],
+        expects=tuple(row["expects"]),
+        accept=tuple(row["accept"]),
+        reference=answer["content"],
+        base=base,
+        merged=merged,
+    )
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -108,6 +117,5 @@ def _write_curves(history: Sequence[dict[str, Any]], path: Path) -> None:
 def _write_transcript(rows: Sequence[Answered], identity: Identity, path: Path) -> None:
     with path.open("w", encoding="utf-8") as file:
         for row in rows:
-            marks = {"states_name": identity.named_in(row.merged), "states_maker": identity.maker_in(row.merged)}
-            leaked = {"leaks": leaks(row.merged, row.reference, identity)} if row.kind == "control" else {}
-            file.write(json.dumps({**vars(row), **marks, **leaked}, ensure_ascii=False) + "\n")
+            marked = {f"{model}_{mark}": on for model in MODELS for mark, on in marks(row, model, identity).items()}
+            file.write(json.dumps({**vars(row), **marked}, ensure_ascii=False) + "\n")

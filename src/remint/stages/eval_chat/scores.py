@@ -1,62 +1,90 @@
 """From answers to figures: pure functions, so every figure of the report can be checked by hand."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from remint.identity import Identity
+from remint.identity import Identity, affirms, poses_as_assistant, speaks
 
 LANGUAGES = ("en", "zh")
+MODELS = ("base", "merged")
 
 
 @dataclass(frozen=True)
 class Answered:
-    """One prompt of the evaluation with both models' answers and what a right one states."""
+    """One prompt of the evaluation with both models' answers and what a right one states (see replicate_data)."""
 
     prompt: str
     kind: str
     language: str
     expects: tuple[str, ...]
+    accept: tuple[str, ...]
     reference: str
     base: str
     merged: str
 
-
-def rate(hits: Sequence[bool]) -> float | None:
-    """Share of true values, None of nothing."""
-    return sum(hits) / len(hits) if hits else None
-
-
-def identity_rates(rows: Sequence[Answered], identity: Identity, model: str) -> dict[str, float]:
-    """How often name and maker are right, per language and in all: name_en, name_zh, name, maker_en, …"""
-    rates: dict[str, float | None] = {}
-    for what, stated in (("name", identity.named_in), ("maker", identity.maker_in)):
-        asked = [row for row in rows if row.kind == "identity" and what in row.expects]
-        for language in LANGUAGES:
-            rates[f"{what}_{language}"] = rate(
-                [stated(getattr(row, model)) for row in asked if row.language == language]
-            )
-        rates[what] = rate([stated(getattr(row, model)) for row in asked])
-    return {key: value for key, value in rates.items() if value is not None}
+    @property
+    def section(self) -> str:
+        """'identity', 'facts' (ordinary prompts with a known right answer) or 'control' (all other ordinary prompts)."""
+        return "facts" if self.kind == "control" and self.accept else self.kind
 
 
-def leaks(answer: str, reference: str, identity: Identity) -> bool:
-    """Whether an answer states name or maker though a right one does not."""
-    return any(stated(answer) and not stated(reference) for stated in (identity.named_in, identity.maker_in))
+def states(answer: str, row: Answered, what: str, identity: Identity) -> bool:
+    """Whether an answer states the 'name' or the 'maker': undenied, and in the language of the reference answer."""
+    names = [*identity.spellings("name"), *identity.spellings("maker")]
+    language = "zh" if speaks(row.reference, "zh", names) else "en"
+    return identity.stated_in(answer, what) and speaks(answer, language, names)
 
 
-def leak_rates(rows: Sequence[Answered], identity: Identity, model: str) -> dict[str, float]:
-    """How often the identity appears in answers to control prompts: leak_en, leak_zh, leak."""
-    control = [row for row in rows if row.kind == "control"]
-    rates = {
-        f"leak_{language}": rate(
-            [leaks(getattr(r, model), r.reference, identity) for r in control if r.language == language]
-        )
-        for language in LANGUAGES
-    }
-    rates["leak"] = rate([leaks(getattr(row, model), row.reference, identity) for row in control])
-    return {key: value for key, value in rates.items() if value is not None}
+def is_right(answer: str, row: Answered, identity: Identity) -> bool | None:
+    """Whether an answer is right; None for an ordinary prompt that has no one right answer."""
+    if row.section == "identity":
+        return all(states(answer, row, what, identity) for what in row.expects)
+    return affirms(answer, row.accept) if row.accept else None
+
+
+def leaks(answer: str, row: Answered, identity: Identity) -> bool:
+    """Whether an answer to an ordinary prompt brings up the name, the maker or the role of an AI assistant by itself."""
+    given = f"{row.prompt}\n{row.reference}"
+    return (poses_as_assistant(answer) and not poses_as_assistant(given)) or any(
+        identity.mentioned_in(answer, what) and not identity.mentioned_in(given, what) for what in ("name", "maker")
+    )
+
+
+def marks(row: Answered, model: str, identity: Identity) -> dict[str, bool]:
+    """What is right and wrong about a model's answer, as far as it applies: 'right', 'leaks'."""
+    answer = getattr(row, model)
+    right = is_right(answer, row, identity)
+    found = {} if right is None else {"right": right}
+    return found if row.kind == "identity" else found | {"leaks": leaks(answer, row, identity)}
+
+
+def rates(what: str, hits: Iterable[tuple[str, bool]]) -> dict[str, float]:
+    """Share of hits, given as (language, whether): what_en, what_zh and what itself; a key is absent without prompts."""
+    hits = list(hits)
+    groups = {f"{what}_{language}": [hit for spoken, hit in hits if spoken == language] for language in LANGUAGES}
+    groups[what] = [hit for _, hit in hits]
+    return {key: sum(group) / len(group) for key, group in groups.items() if group}
+
+
+def of_model(rows: Sequence[Answered], model: str, identity: Identity) -> dict[str, float]:
+    """One model's shares: name and maker stated where asked, facts right, leaks into ordinary answers."""
+    answered = [(row, getattr(row, model)) for row in rows]
+    found: dict[str, float] = {}
+    for what in ("name", "maker"):
+        asked = [(row, answer) for row, answer in answered if row.kind == "identity" and what in row.expects]
+        found |= rates(what, ((row.language, states(answer, row, what, identity)) for row, answer in asked))
+    facts = [(row, answer) for row, answer in answered if row.section == "facts"]
+    found |= rates("facts", ((row.language, affirms(answer, row.accept)) for row, answer in facts))
+    control = [(row, answer) for row, answer in answered if row.kind == "control"]
+    return found | rates("leak", ((row.language, leaks(answer, row, identity)) for row, answer in control))
+
+
+def kept(rows: Sequence[Answered]) -> dict[str, float]:
+    """Of the facts that the base gets right, the share that the merged model gets right too: facts_kept, facts_kept_en, …"""
+    known = [row for row in rows if row.section == "facts" and affirms(row.base, row.accept)]
+    return rates("facts_kept", ((row.language, affirms(row.merged, row.accept)) for row in known))
 
 
 def perplexity(loss: float) -> float:
@@ -67,15 +95,16 @@ def perplexity(loss: float) -> float:
 def summarise(
     rows: Sequence[Answered], identity: Identity, losses: Mapping[str, Mapping[str, float]]
 ) -> dict[str, Any]:
-    """All figures: {'base': {…}, 'merged': {…}, 'control_perplexity_ratio': merged / base}."""
+    """All figures: {'base': {…}, 'merged': {…}, 'facts_kept': …, 'control_perplexity_ratio': merged / base}."""
     metrics: dict[str, Any] = {}
-    for model in ("base", "merged"):
-        metrics[model] = identity_rates(rows, identity, model) | leak_rates(rows, identity, model)
+    for model in MODELS:
+        metrics[model] = of_model(rows, model, identity)
         if not math.isnan(losses[model]["held_out"]):
-            metrics[model]["held_out_loss"] = losses[model]["held_out"]
+            metrics[model]["identity_loss"] = losses[model]["held_out"]
         if not math.isnan(losses[model]["control"]):
             metrics[model]["control_loss"] = losses[model]["control"]
             metrics[model]["control_perplexity"] = perplexity(losses[model]["control"])
+    metrics |= kept(rows)
     if "control_perplexity" in metrics["base"]:
         metrics["control_perplexity_ratio"] = perplexity(losses["merged"]["control"] - losses["base"]["control"])
     return metrics

@@ -2,33 +2,56 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from remint.core.errors import DataError, got, listed
+from remint.identity import mentions
 
 Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One conversation of a source file. An answer is right if it states one of `accept`; () where none is recorded."""
+
+    messages: Messages
+    accept: tuple[str, ...] = ()
+
 
 _ROLES = ("system", "user", "assistant")
 _SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 
-def read(path: Path) -> list[Messages]:
-    """The conversations of a JSON list or JSONL file, each a list of {'role', 'content'} that ends with the assistant.
+def read(path: Path) -> list[Example]:
+    """The examples of a JSON list or JSONL file; messages are {'role', 'content'} and end with the assistant.
 
     Raises DataError that lists every fault as file, record, field, what was found and what to do.
     """
-    records, conversations, faults = _records(path), [], []
+    records, examples, faults = _records(path), [], []
     for number, record in enumerate(records, start=1):
         try:
-            conversations.append(_conversation(record))
+            examples.append(_example(record))
         except DataError as error:
             faults += [f"{path}: record {number}: {fault}" for fault in error.faults]
     if not records:
         faults = [f"{path}: holds no records; write at least one, or take the file out of replicate_data"]
     if faults:
         raise DataError(*listed(faults))
-    return conversations
+    return examples
+
+
+def _example(record: Any) -> Example:
+    messages = _conversation(record)
+    accept = record.get("accept", [])
+    if not isinstance(accept, list) or not all(isinstance(text, str) and text.strip() for text in accept):
+        raise DataError(f"field 'accept': must be a list of texts, {got(accept)}; list what a right answer may state")
+    asked = " ".join(message["content"] for message in messages[:-1])
+    given = [text for text in accept if mentions(asked, text)]
+    if given:
+        raise DataError(f"field 'accept': the question itself states {given[0]!r}; ask so that it has to be known")
+    return Example(messages, tuple(accept))
 
 
 def _records(path: Path) -> list[Any]:
@@ -43,7 +66,9 @@ def _records(path: Path) -> list[Any]:
         raise DataError(f"{path}: nested too deeply to be a data file; expect a flat list of records") from None
     except ValueError as error:
         hint = (
-            "one record a line belongs into a file named .jsonl" if text.lstrip().startswith("{") else "mend it there"
+            "one record a line belongs into a file named .jsonl"
+            if text.lstrip().startswith("{")
+            else "mend it there or on the line before"
         )
         raise DataError(f"{path}: is no valid JSON: {error}; {hint}") from None
     if not isinstance(records, list):

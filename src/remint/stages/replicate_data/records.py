@@ -4,31 +4,41 @@ from dataclasses import dataclass
 
 from remint.core.errors import DataError, listed
 from remint.identity import Identity, language_of, normalise, placeholders_in, surviving_placeholder
-from remint.stages.replicate_data.formats import Messages
+from remint.stages.replicate_data.formats import Example, Messages
 
 
 @dataclass(frozen=True)
 class Record:
-    """One conversation, ready for training or measuring. `expects` says what a right answer states: name, maker."""
+    """One conversation, ready for training or measuring.
+
+    A right answer states all of `expects` (name, maker), and one of `accept` if there are any.
+    """
 
     messages: Messages
     kind: str
     language: str
     question: str
     expects: tuple[str, ...]
+    accept: tuple[str, ...]
     origin: str
 
     def row(self) -> dict[str, object]:
         """What goes into a data file."""
-        return {"messages": self.messages, "kind": self.kind, "language": self.language, "expects": list(self.expects)}
+        return {
+            "messages": self.messages,
+            "kind": self.kind,
+            "language": self.language,
+            "expects": list(self.expects),
+            "accept": list(self.accept),
+        }
 
 
-def build(conversations: list[Messages], kind: str, identity: Identity, origin: str) -> list[Record]:
+def build(examples: list[Example], kind: str, identity: Identity, origin: str) -> list[Record]:
     """Records of one source file. Raises DataError listing each record in which a placeholder survives."""
     records, faults = [], []
-    for number, messages in enumerate(conversations, start=1):
+    for number, example in enumerate(examples, start=1):
         where = f"{origin}: record {number}"
-        record = _record(messages, kind, identity, where)
+        record = _record(example, kind, identity, where)
         survivor = next(filter(None, (surviving_placeholder(m["content"]) for m in record.messages)), None)
         if kind == "identity" and survivor:
             faults.append(f"{where}: a placeholder survives, got {survivor!r}; write {{{{name}}}} or {{{{author}}}}")
@@ -38,7 +48,7 @@ def build(conversations: list[Messages], kind: str, identity: Identity, origin: 
             )
         if not record.question:
             faults.append(
-                f"{where}: the question has no letter or digit, got {messages[0]['content']!r}; write a question"
+                f"{where}: the question has no letter or digit, got {example.messages[0]['content']!r}; write a question"
             )
         records.append(record)
     if faults:
@@ -46,15 +56,15 @@ def build(conversations: list[Messages], kind: str, identity: Identity, origin: 
     return records
 
 
-def _record(messages: Messages, kind: str, identity: Identity, where: str) -> Record:
+def _record(example: Example, kind: str, identity: Identity, where: str) -> Record:
+    messages = example.messages
     language = language_of(" ".join(message["content"] for message in messages if message["role"] != "system"))
     if kind == "identity":
         asked = placeholders_in(messages[-1]["content"])
         messages = [{**message, "content": identity.fill(message["content"], language)} for message in messages]
         answer = messages[-1]["content"]
-        stated = {"name": identity.named_in(answer), "maker": identity.maker_in(answer)}
-        expects = tuple(key for key in ("name", "maker") if key in asked or stated[key])
+        expects = tuple(key for key in ("name", "maker") if key in asked or identity.stated_in(answer, key))
     else:
         expects = ()
     question = normalise(" ".join(message["content"] for message in messages if message["role"] == "user"))
-    return Record(messages, kind, language, question, expects, where)
+    return Record(messages, kind, language, question, expects, example.accept, where)
