@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 STAGES = ["replicate_data", "stage_base", "train", "convert", "merge", "eval_chat"]
 CHANGES = {
     "model: smollm2-135m-instruct ": "model: tiny ",
-    "  identity_copies: 6 ": "  identity_copies: 1 ",
+    "  identity_copies: 3 ": "  identity_copies: 1 ",
     "  accumulation: 1 ": "  accumulation: 8 ",
     "  max_length: 256 ": "  max_length: 1024 ",
     "  eval_steps: 400 ": "  eval_steps: 3 ",

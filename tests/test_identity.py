@@ -47,6 +47,10 @@ def test_ordinary_text_stays(text):
         ("by Remint  Lab.", "Remint Lab", True),
         ("我叫奥瑞。", "奥瑞", True),
         ("C++ is fun", "C++", True),
+        ("一周有七天。", "七", True),
+        ("一月有十七天。", "七", False),
+        ("7天", "7", True),
+        ("17天", "7", False),
     ],
 )
 def test_a_name_counts_as_whole_words(text, term, found):

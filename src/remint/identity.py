@@ -29,6 +29,7 @@ _ROLE = re.compile(
     r"|\b(?:ai|artificial intelligence|virtual|digital)(?:[- ]powered)? (?:assistant|chatbot|model)\b"
     r"|\bas an ai\b|\blanguage model\b"
 )
+_GOING_ON = ("[a-z0-9_]", "[零一二两三四五六七八九十百千万亿]")
 _CJK = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
 
 
@@ -131,10 +132,10 @@ def _folded(text: str) -> str:
 
 
 def _as_words(term: str) -> str:
-    """A pattern for the folded term. A name of only symbols has no word ends and is looked for as it is."""
+    """A pattern for the folded term. Letters and digits must not go on beyond its ends, nor a Chinese number."""
     folded = _folded(term)
-    start = r"(?<![a-z0-9_])" if re.match(r"[a-z0-9_]", folded) else ""
-    end = r"(?![a-z0-9_])" if re.search(r"[a-z0-9_]$", folded) else ""
+    start = next((f"(?<!{kind})" for kind in _GOING_ON if re.match(kind, folded)), "")
+    end = next((f"(?!{kind})" for kind in _GOING_ON if re.search(kind + "$", folded)), "")
     return start + re.escape(folded) + end
 
 
