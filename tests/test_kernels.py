@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from remint import kernels
+from remint.kernels import adapted as cpu
+from remint.kernels import head
 from remint.loss import SupervisedLoss
 from remint.modeling import Lora, Quantization, add_lora, quantize
 from remint.packing import collate, document
@@ -31,7 +32,7 @@ def adapted(tiny, fused, dropout=0.0, targets=TARGETS, dequantize="once", checkp
 def step(loss, rows=(ROW,)):
     """Loss and gradients of one packed batch."""
     torch.manual_seed(7)
-    value = loss(**{name: torch.from_numpy(array) for name, array in collate(rows).items()})
+    value = loss(**collate(rows))
     value.backward()
     return value.item(), {name: p.grad for name, p in loss.named_parameters() if p.grad is not None}
 
@@ -54,7 +55,7 @@ def test_loss_and_gradients_are_the_plain_ones(tiny, targets, rows, dequantize):
 
 def test_it_is_really_fused(tiny):
     layers = dict(adapted(tiny, True).named_modules())
-    fused = [name for name, layer in layers.items() if isinstance(getattr(layer, "forward", None), kernels._Fused)]
+    fused = [name for name, layer in layers.items() if isinstance(getattr(layer, "forward", None), cpu._Fused)]
     assert len(fused) == 2 * len(TARGETS)
 
 
@@ -66,7 +67,7 @@ def test_with_dropout_the_gradient_is_that_of_the_same_masks(tiny):
     mask = torch.tensor([2.0, 0.0, 2.0, 2.0, 0.0, 2.0], dtype=torch.double)
 
     def fused(x, down, up):
-        return kernels._AdaptedLinear.apply(x, x * mask, w, down, up, 0.5)
+        return cpu._AdaptedLinear.apply(x, x * mask, w, down, up, 0.5)
 
     assert torch.allclose(fused(x, down, up), x @ w.T + 0.5 * ((x * mask) @ down.T @ up.T))
     assert torch.autograd.gradcheck(fused, (x, down, up))
@@ -74,7 +75,7 @@ def test_with_dropout_the_gradient_is_that_of_the_same_masks(tiny):
 
 def test_dropout_keeps_its_share_and_the_mean():
     torch.manual_seed(0)
-    made = kernels.SharedDropout(0.1, 1)(torch.ones(1000, 1000))
+    made = cpu.SharedDropout(0.1, 1)(torch.ones(1000, 1000))
     assert set(made.unique().tolist()) == {0.0, torch.tensor(1 / 0.9).item()}
     assert (made == 0).float().mean().item() == pytest.approx(0.1, abs=0.002)
     assert made.mean().item() == pytest.approx(1, abs=0.002)
@@ -85,14 +86,14 @@ def test_dropout_keeps_its_share_and_the_mean():
 
 def test_dropout_is_one_for_the_readers_of_an_input_and_new_for_the_next():
     torch.manual_seed(0)
-    dropout, x, y = kernels.SharedDropout(0.5, 2), torch.ones(64), torch.ones(64)
+    dropout, x, y = cpu.SharedDropout(0.5, 2), torch.ones(64), torch.ones(64)
     first = dropout(x)
     assert dropout(x) is first
     second = dropout(x)
     assert not torch.equal(second, first)
     assert not torch.equal(dropout(y), second)  # though x has a reader left
     torch.manual_seed(0)
-    assert torch.equal(kernels.SharedDropout(0.5, 2)(y), first)
+    assert torch.equal(cpu.SharedDropout(0.5, 2)(y), first)
     dropout.eval()
     assert dropout(x) is x
 
@@ -110,15 +111,15 @@ def test_dropout_changes_the_loss_in_training_alone(tiny):
     assert step(with_dropout.eval())[0] == step(without.eval())[0]
 
 
-@pytest.mark.parametrize("rows", [1, kernels._HEAD_ROWS, 2 * kernels._HEAD_ROWS + 3])
+@pytest.mark.parametrize("rows", [1, head.ROWS["cpu"], 2 * head.ROWS["cpu"] + 3])
 def test_the_head_in_pieces_is_the_cross_entropy(rows):
     torch.manual_seed(0)
-    head = torch.nn.Linear(8, 50, bias=False).requires_grad_(False)
+    layer = torch.nn.Linear(8, 50, bias=False).requires_grad_(False)
     targets = torch.randint(50, (rows,))
     results = []
     for loss in (
-        lambda h: kernels.head_loss(h, head, targets),
-        lambda h: F.cross_entropy(head(h), targets, reduction="sum"),
+        lambda h: head.head_loss(h, layer, targets),
+        lambda h: F.cross_entropy(layer(h), targets, reduction="sum"),
     ):
         torch.manual_seed(1)
         hidden = torch.randn(rows, 8, requires_grad=True)

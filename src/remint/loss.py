@@ -1,6 +1,5 @@
 """Cross-entropy on supervised tokens only: the head never sees a prompt token, and sums are left to the caller."""
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from remint import kernels
-from remint.packing import IGNORED, Document, collate, pack
+from remint.packing import Document, collate, moved, pack
 
 
 class SupervisedLoss(nn.Module):
@@ -23,27 +22,29 @@ class SupervisedLoss(nn.Module):
         """`fused`: with the operations of `kernels`; `model` is a peft model then."""
         super().__init__()
         self.model, self.fused = model, fused
-        if fused:
-            kernels.install(model)
+        self.decoder = kernels.install(model) if fused else None
 
-    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Sum over all targets; the arguments are int64 of shape (rows, length), as `packing.collate` makes them."""
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        labels: torch.Tensor,
+        starts: torch.Tensor,
+        learned: torch.Tensor,
+    ) -> torch.Tensor:
+        """Sum over all targets of a batch as `packing.collate` makes it."""
         causal = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        targets = labels.flatten().index_select(0, learned)
+        if self.decoder is not None:
+            hidden = self.decoder(input_ids, position_ids, starts, learned)
+            return kernels.head_loss(hidden, causal.lm_head, targets)
         by_document = self.fused and len(input_ids) == 1 and input_ids.device.type == "cpu"
-        options = {"document_lengths": _lengths(position_ids[0])} if by_document else {}
-        hidden = causal.model(
-            input_ids=input_ids, position_ids=position_ids, use_cache=False, **options
-        ).last_hidden_state
-        kept = labels != IGNORED
+        options = {"document_lengths": starts.diff().tolist()} if by_document else {}
+        states = causal.model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **options)
+        hidden = states.last_hidden_state.flatten(0, 1)[learned]
         if self.fused:
-            return kernels.head_loss(hidden[kept], causal.lm_head, labels[kept])
-        return F.cross_entropy(causal.lm_head(hidden[kept]).float(), labels[kept], reduction="sum")
-
-
-def _lengths(positions: torch.Tensor) -> list[int]:
-    """Lengths of the documents in a row, from where its positions restart."""
-    starts = [*(positions == 0).nonzero().flatten().tolist(), len(positions)]
-    return [end - start for start, end in itertools.pairwise(starts)]
+            return kernels.head_loss(hidden, causal.lm_head, targets)
+        return F.cross_entropy(causal.lm_head(hidden).float(), targets, reduction="sum")
 
 
 @torch.no_grad()
@@ -57,7 +58,6 @@ def mean_loss(model: SupervisedLoss, documents: Sequence[Document], max_length: 
     model.eval()
     total = 0.0
     for row in pack([len(doc.ids) for doc in documents], max_length):
-        batch = collate([[documents[index] for index in row]])
-        total += model(**{name: torch.from_numpy(array).to(where) for name, array in batch.items()}).item()
+        total += model(**moved(collate([[documents[index] for index in row]]), where)).item()
     model.train(was_training)
     return total / learned

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from remint.chat import Conversation
 
@@ -94,15 +95,20 @@ def epoch_rows(lengths: Sequence[int], max_length: int, packing: bool, seed: int
     return [[int(order[i]) for i in packed[row]] for row in random.permutation(len(packed))]
 
 
-def collate(rows: Sequence[Sequence[Document]], length: int | None = None) -> dict[str, np.ndarray]:
-    """Arrays of shape (rows, longest row or `length`): input_ids, position_ids, labels (the targets), all int64.
+Batch = dict[str, torch.Tensor]
 
-    Padding is a document of its own at the end of a row, with ids 0 and no target: causal attention and the restarted
-    positions keep it out of everybody's sight.
+
+def collate(rows: Sequence[Sequence[Document]]) -> Batch:
+    """A batch of rows: input_ids, position_ids, labels (the targets), int64 of shape (rows, longest row).
+
+    `starts` (int32) are where documents begin in the flattened batch, and its end; `learned` (int64) the flat positions with
+    a target. Padding is a document of its own at the end of a row, with ids
+    0 and no target: causal attention and the restarted positions keep it out of everybody's sight.
     """
-    width = length or max(sum(len(doc.ids) for doc in row) for row in rows)
+    width = max(sum(len(doc.ids) for doc in row) for row in rows)
     batch = {name: np.zeros((len(rows), width), dtype=np.int64) for name in ("input_ids", "position_ids", "labels")}
     batch["labels"][:] = IGNORED
+    lengths = []
     for number, row in enumerate(rows):
         start = 0
         for doc in row:
@@ -111,5 +117,16 @@ def collate(rows: Sequence[Sequence[Document]], length: int | None = None) -> di
             batch["labels"][number, start:end] = doc.targets
             batch["position_ids"][number, start:end] = np.arange(end - start)
             start = end
+            lengths.append(len(doc.ids))
         batch["position_ids"][number, start:] = np.arange(width - start)
-    return batch
+        lengths += [width - start] if width > start else []
+    return {
+        **{name: torch.from_numpy(array) for name, array in batch.items()},
+        "starts": torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
+        "learned": torch.from_numpy(np.flatnonzero(batch["labels"] != IGNORED)),
+    }
+
+
+def moved(batch: Batch, where: torch.device) -> Batch:
+    """The batch with its tensors on a device."""
+    return {name: value.to(where) for name, value in batch.items()}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import Dataset
 
-from remint.packing import Document, collate, epoch_rows
+from remint.packing import Batch, Document, collate, epoch_rows
 from remint.stages.train.settings import Train
 
 
@@ -52,7 +52,7 @@ def lr_factor(step: int, steps: int, warmup_ratio: float, schedule: str) -> floa
     return {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}[schedule]
 
 
-class Batches(Dataset[dict[str, torch.Tensor]]):
+class Batches(Dataset[Batch]):
     """The plan's micro-batches from a step on, ready for the model.
 
     `weight` is one over the supervised tokens of the whole optimizer step: a token counts the same in whichever
@@ -65,12 +65,11 @@ class Batches(Dataset[dict[str, torch.Tensor]]):
     def __len__(self) -> int:
         return len(self.plan.micro_batches) - self.first_step * self.plan.accumulation
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, index: int) -> Batch:
         position = self.first_step * self.plan.accumulation + index
         batch = self.plan.micro_batches[position]
-        arrays = collate([[self._documents[number] for number in row] for row in batch])
-        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        return tensors | {"weight": torch.tensor(1 / max(1, self.learned(position // self.plan.accumulation)))}
+        weight = torch.tensor(1 / max(1, self.learned(position // self.plan.accumulation)))
+        return collate([[self._documents[number] for number in row] for row in batch]) | {"weight": weight}
 
     def learned(self, step: int) -> int:
         """Supervised tokens of an optimizer step."""

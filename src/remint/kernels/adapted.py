@@ -1,7 +1,7 @@
-"""The training step in fewer passes over memory: the same mathematics as peft's and torch's own, added in another order.
+"""For a CPU, and for models that `blocks` does not know: `install` puts three operations into a model with LoRA.
 
-`install` puts three operations into a model with LoRA: adapted layers as one operation each, dropout from a fast
-generator, attention document by document. `head_loss` is the fourth. What cannot be fused is left as it was.
+They are adapted layers as one operation each, dropout from a fast generator, and on a CPU attention document by document.
+What cannot be fused is left as it was.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,6 @@ from transformers.masking_utils import sdpa_mask
 ATTENTION = "remint_documents"
 # Layers that read the same input: one dropout mask serves them all.
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-_HEAD_ROWS = 512  # positions whose logits are in memory at a time; part of the result, sums are split by it
 
 
 def install(model: Any) -> None:
@@ -34,13 +33,6 @@ def install(model: Any) -> None:
             _fuse([layer])
     if next(model.parameters()).device.type == "cpu":
         model.get_base_model().set_attn_implementation(ATTENTION)
-
-
-def head_loss(hidden: torch.Tensor, head: nn.Linear, targets: torch.Tensor) -> torch.Tensor:
-    """Summed cross-entropy (nats) of `hidden` (N, width) through a frozen head against `targets` (N,)."""
-    if head.weight.requires_grad or type(head) is not nn.Linear or head.bias is not None:
-        return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
-    return _HeadLoss.apply(hidden, head.weight, targets)
 
 
 class SharedDropout(nn.Module):
@@ -139,33 +131,6 @@ class _AdaptedLinear(torch.autograd.Function):
         dx = dy @ weight if ctx.needs_input_grad[0] else None
         ddropped = dlow @ down if ctx.needs_input_grad[1] else None
         return dx, ddropped, None, dlow.T @ dropped, (dy.T @ low).mul_(ctx.scale), None
-
-
-class _HeadLoss(torch.autograd.Function):
-    """Cross-entropy and its gradient in one pass: softmax minus one-hot, while the logits are there."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Any, weight: Any, targets: Any) -> torch.Tensor:
-        total = hidden.new_zeros((), dtype=torch.float32)
-        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(hidden), _HEAD_ROWS):
-            rows = slice(start, start + _HEAD_ROWS)
-            logits = (hidden[rows] @ weight.T).float()
-            wanted = targets[rows, None]
-            norm = logits.logsumexp(-1, keepdim=True)
-            total += (norm - logits.gather(1, wanted)).sum()
-            if gradient is not None:
-                logits.sub_(norm).exp_()
-                logits.scatter_add_(1, wanted, torch.full_like(norm, -1.0))
-                gradient[rows] = logits.to(weight.dtype) @ weight
-        if gradient is not None:
-            ctx.save_for_backward(gradient)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        (gradient,) = ctx.saved_tensors
-        return gradient * gradients[0], None, None
 
 
 def _by_document(

@@ -1,0 +1,295 @@
+"""A Llama-like decoder with LoRA on all its linear layers, as three operations and an attention a layer, for a GPU.
+
+Layers that read one input become one product, and LoRA becomes a part of it: with the low-rank activations l = d Aᵀ (d is
+the input after dropout) in further columns of the input and B in further columns of the weight, [x | l] [W | B]ᵀ is
+x Wᵀ + l Bᵀ, and its backward pass [dx | dl] = dy [W | B] is one product as well. Between the products stand the operations of
+`ops`. What a backward pass needs is computed or drawn again where that takes no pass of its own over memory.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from remint.kernels import attention, ops
+
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+class Group:
+    """Linear layers with LoRA that read one input of K columns, as one product of N = N₁ + N₂ + … columns.
+
+    Its matrix is (N, K + m·rank) for m layers: W, then each layer's B in its own rows and columns, zero elsewhere. Frozen
+    weights in full size become views of it; 4-bit ones are unpacked into `scratch`, which groups of one shape share.
+    """
+
+    def __init__(self, layers: Sequence[LoraLayer], scratch: dict[tuple[int, int], torch.Tensor], dtype: torch.dtype):
+        (name,) = layers[0].active_adapters
+        self.bases: list[Any] = [layer.base_layer for layer in layers]
+        self.down = [layer.lora_A[name].weight for layer in layers]
+        self.up = [layer.lora_B[name].weight for layer in layers]
+        self.scale: float = layers[0].scaling[name]
+        self.p: float = getattr(layers[0].lora_dropout[name], "p", 0.0)
+        self.width, self.rank = self.bases[0].in_features, len(self.down[0])
+        self.sizes = [base.out_features for base in self.bases]
+        shape = (sum(self.sizes), self.width + len(layers) * self.rank)
+        self.packed = isinstance(self.bases[0], Linear4bit)
+        where = self.down[0].device
+        if self.packed:
+            if shape not in scratch:
+                scratch[shape] = torch.empty(shape, dtype=dtype, device=where)
+            self._matrix = scratch[shape]
+            self.tail = torch.zeros(shape[0], shape[1] - self.width, dtype=dtype, device=where)
+        else:
+            self._matrix = torch.zeros(shape, dtype=dtype, device=where)
+            self.tail = self._matrix[:, self.width :]
+            for base, rows in zip(self.bases, self._matrix.split(self.sizes), strict=True):
+                rows[:, : self.width] = base.weight
+                base.weight = nn.Parameter(rows[:, : self.width], requires_grad=False)
+        self.low = torch.empty(len(layers) * self.rank, self.width, dtype=dtype, device=where)
+        biases = [b.bias if b.bias is not None else torch.zeros(b.out_features, device=where) for b in self.bases]
+        self.bias = torch.cat(biases).to(dtype) if any(b.bias is not None for b in self.bases) else None
+
+    def parameters(self) -> tuple[torch.Tensor, ...]:
+        """All A, then all B, in the order of their gradients."""
+        return (*self.down, *self.up)
+
+    def places(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Where each LoRA matrix belongs in this group's tensors, and the matrix."""
+        parts = zip(self.tail.split(self.sizes), self.low.split(self.rank), self.up, self.down, strict=True)
+        for index, (rows, low, up, down) in enumerate(parts):
+            yield rows[:, index * self.rank : (index + 1) * self.rank], up
+            yield low, down
+
+    def matrix(self) -> torch.Tensor:
+        """The product's matrix, good until another group of this shape is asked for its own."""
+        if self.packed:
+            for base, rows in zip(self.bases, self._matrix.split(self.sizes), strict=True):
+                rows[:, : self.width] = dequantize_4bit(base.weight, base.weight.quant_state)
+            self._matrix[:, self.width :] = self.tail
+        return self._matrix
+
+    def wide(self, like: torch.Tensor) -> torch.Tensor:
+        """An unfilled input of the product for as many rows as `like` has."""
+        return like.new_empty(len(like), self._matrix.shape[1])
+
+    def __call__(self, wide: torch.Tensor) -> torch.Tensor:
+        """The product (T, N) of `wide` (T, K + m·rank)."""
+        matrix = self.matrix()
+        return wide @ matrix.T if self.bias is None else torch.addmm(self.bias, wide, matrix.T)
+
+    def back(self, dy: torch.Tensor) -> torch.Tensor:
+        """The gradient of `wide`."""
+        return dy @ self.matrix()
+
+    def gradients(
+        self, dy: torch.Tensor, dwide: torch.Tensor, low: torch.Tensor, dropped: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """Gradients of `parameters`, fp32; `low` are the last columns of `wide`, `dropped` its others after dropout."""
+        columns = zip(dy.split(self.sizes, 1), low.split(self.rank, 1), strict=True)
+        downs = (_product(dwide[:, self.width :].T, dropped) * self.scale).split(self.rank)
+        return [*downs, *(_product(part.T, column) for part, column in columns)]
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a b in fp32, also of factors in half of that."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.dtype.itemsize == 2 else torch.mm(a, b)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What attention needs besides its input: heads, tiles of the documents, cosines and sines (T, head size)."""
+
+    heads: int
+    kv_heads: int
+    tiles: Any
+    cosines: torch.Tensor
+    sines: torch.Tensor
+
+    def turn(self, qkv: torch.Tensor, backward: bool = False) -> torch.Tensor:
+        """Rotary embedding of queries and keys, in place."""
+        ops.rotated(qkv, qkv, self.cosines, self.sines, self.heads + self.kv_heads, backward)
+        return qkv
+
+
+class _NormedProduct(torch.autograd.Function):
+    """x + delta, and group(rms_norm(x + delta)), in which `heads` are turned if given."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Any, delta: Any, group: Group, norm: Any, heads: Heads | None, p: float, seed: int, *_: Any
+    ) -> Any:
+        wide = group.wide(x)
+        total, rstd = ops.normed(x, delta, norm.weight, norm.variance_epsilon, wide, group.low, p, seed)
+        y = group(wide)
+        ctx.save_for_backward(total, rstd, wide[:, group.width :].clone())
+        ctx.known = group, norm, heads, p, seed, delta is not None
+        ctx.set_materialize_grads(False)
+        return total, heads.turn(y) if heads else y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        total, rstd, low = ctx.saved_tensors
+        group, norm, heads, p, seed, has_delta = ctx.known
+        dtotal, dy = gradients
+        # In place: attention, its only reader, has made it for this function alone.
+        dy = heads.turn(dy, backward=True) if heads else dy
+        dwide = group.back(dy)
+        dx, dropped = ops.normed_back(dwide, group.low, total, rstd, norm.weight, dtotal, p, seed)
+        rest = group.gradients(dy, dwide, low, dropped)
+        return dx, dx if has_delta else None, None, None, None, None, None, *rest
+
+
+class _Product(torch.autograd.Function):
+    """group(x), or group(silu(gate) × up) of x = [gate | up]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, group: Group, is_gated: bool, p: float, seed: int, *_: Any) -> Any:
+        wide = group.wide(x)
+        (ops.gated if is_gated else ops.copied)(x, wide, group.low, p, seed)
+        y = group(wide)
+        ctx.save_for_backward(x, wide[:, group.width :].clone())
+        ctx.known = group, is_gated, p, seed
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (dy,) = gradients
+        x, low = ctx.saved_tensors
+        group, is_gated, p, seed = ctx.known
+        dwide = group.back(dy)
+        dx, dropped = (ops.gated_back if is_gated else ops.copied_back)(dwide, group.low, x, p, seed)
+        return dx, None, None, None, None, *group.gradients(dy, dwide, low, dropped)
+
+
+class _Mixed(torch.autograd.Function):
+    """Attention inside each document."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Any, heads: Heads, scale: float) -> Any:
+        out, norms = attention.mixed(qkv, heads.tiles, heads.heads, heads.kv_heads, scale)
+        ctx.save_for_backward(qkv, out, norms)
+        ctx.known = heads.tiles, heads.heads, heads.kv_heads, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return attention.mixed_back(gradients[0].contiguous(), *ctx.saved_tensors, *ctx.known), None, None
+
+
+class _Picked(torch.autograd.Function):
+    """Some rows of x; each at most once, so that the backward pass adds nothing up."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, rows: Any) -> Any:
+        ctx.save_for_backward(rows)
+        ctx.shape = x.shape
+        return x.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (rows,) = ctx.saved_tensors
+        return gradients[0].new_zeros(ctx.shape).index_copy_(0, rows, gradients[0]), None
+
+
+class Layer:
+    """One decoder layer: takes and returns the residual stream as two summands, whose sum the next norm makes."""
+
+    def __init__(self, layer: Any, scratch: dict[tuple[int, int], torch.Tensor], dtype: torch.dtype):
+        own, mlp = layer.self_attn, layer.mlp
+        self.norms = layer.input_layernorm, layer.post_attention_layernorm
+        self.qkv = Group([own.q_proj, own.k_proj, own.v_proj], scratch, dtype)
+        self.out = Group([own.o_proj], scratch, dtype)
+        self.gate_up = Group([mlp.gate_proj, mlp.up_proj], scratch, dtype)
+        self.down = Group([mlp.down_proj], scratch, dtype)
+        self.scale = own.scaling
+
+    def groups(self) -> tuple[Group, ...]:
+        """All products of the layer."""
+        return self.qkv, self.out, self.gate_up, self.down
+
+    def __call__(
+        self, x: torch.Tensor, delta: torch.Tensor | None, heads: Heads, p: float, seeds: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of tokens (T, hidden) through the layer; `seeds` are four, one for each input that meets dropout."""
+        first, second = self.norms
+        x, qkv = _NormedProduct.apply(x, delta, self.qkv, first, heads, p, seeds[0], *self.qkv.parameters())
+        mixed = _Mixed.apply(qkv, heads, self.scale)
+        delta = _Product.apply(mixed, self.out, False, p, seeds[1], *self.out.parameters())
+        x, both = _NormedProduct.apply(x, delta, self.gate_up, second, None, p, seeds[2], *self.gate_up.parameters())
+        return x, _Product.apply(both, self.down, True, p, seeds[3], *self.down.parameters())
+
+
+class Decoder:
+    """The decoder of a peft model, from ids to the hidden states of those positions whose next token is learned."""
+
+    def __init__(self, model: Any):
+        self.model = model
+        self.body = model.get_base_model().model
+        dtype = self.body.embed_tokens.weight.dtype
+        scratch: dict[tuple[int, int], torch.Tensor] = {}
+        self.layers = [Layer(layer, scratch, dtype) for layer in self.body.layers]
+        self.groups = [group for layer in self.layers for group in layer.groups()]
+        self.places, self.matrices = zip(*(pair for group in self.groups for pair in group.places()), strict=True)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Bring the present values of the adapter to their places."""
+        torch._foreach_copy_(list(self.places), [matrix.detach() for matrix in self.matrices])
+        torch._foreach_mul_([group.low for group in self.groups], self.groups[0].scale)
+
+    def __call__(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        starts: torch.Tensor,
+        learned: torch.Tensor,
+    ) -> torch.Tensor:
+        """Normed hidden states (len(learned), hidden) of a batch as `packing.collate` makes it."""
+        self.refresh()
+        config = self.body.config
+        x = self.body.embed_tokens(input_ids.flatten())
+        cosines, sines = (part[0].contiguous() for part in self.body.rotary_emb(x[None], position_ids.flatten()[None]))
+        counts = config.num_attention_heads, config.num_key_value_heads
+        heads = Heads(*counts, attention.tiles(starts, len(x)), cosines, sines)
+        p = self.groups[0].p if self.model.training else 0.0
+        # All seeds in one draw, before anything is computed: an activation that is recomputed meets its mask again.
+        seeds = torch.randint(2**31 - 1, (len(self.layers), 4)).tolist()
+        again = self.model.training and self.body.gradient_checkpointing
+        delta = None
+        for layer, own in zip(self.layers, seeds, strict=True):
+            arguments = (x, delta, heads, p, own)
+            x, delta = (
+                checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
+                if again
+                else layer(*arguments)
+            )
+        return self.body.norm(_Picked.apply(x + delta, learned))
+
+
+def fits(model: Any) -> bool:
+    """Whether a peft model is one that `Decoder` computes: Llama's layers, LoRA of one shape on all their linears."""
+    body = getattr(model.get_base_model(), "model", None)
+    layers = list(getattr(body, "layers", ()))
+    config = getattr(body, "config", None)
+    if not layers or getattr(config, "model_type", "") not in ("llama", "mistral", "qwen2"):
+        return False
+    linears = [getattr(layer.self_attn, name) for layer in layers for name in _ATTENTION]
+    linears += [getattr(layer.mlp, name) for layer in layers for name in _MLP]
+    if not all(isinstance(linear, LoraLayer) and len(linear.active_adapters) == 1 for linear in linears):
+        return False
+    shapes = {
+        (linear.r[name], linear.scaling[name], getattr(linear.lora_dropout[name], "p", 0.0), type(linear.base_layer))
+        for linear in linears
+        for name in linear.active_adapters
+    }
+    widths = {linear.base_layer.in_features % ops.PARTS for linear in linears}
+    gate = getattr(config, "hidden_act", "")
+    return len(shapes) == 1 and widths == {0} and gate == "silu" and not getattr(config, "sliding_window", None)

@@ -1,0 +1,131 @@
+"""The GPU's decoder computes what peft's and transformers' own computes; its Triton kernels are replaced by plain torch here.
+
+Where Triton is installed, the kernels themselves are compared with those plain operations, on a GPU or interpreted.
+"""
+
+import importlib
+import sys
+
+import pytest
+import torch
+
+from remint.loss import SupervisedLoss
+from remint.modeling import Lora, Quantization, add_lora, quantize
+from remint.packing import collate, document
+from tests import plain_ops
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ROW = [document([5 + i % 90 for i in range(n)], [i > n // 2 for i in range(n)]) for n in (30, 7, 19)]
+
+
+@pytest.fixture(scope="module")
+def blocks():
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("ops", "attention"):
+            patch.setitem(sys.modules, f"remint.kernels.{name}", plain_ops)
+        patch.delitem(sys.modules, "remint.kernels.blocks", raising=False)
+        yield importlib.import_module("remint.kernels.blocks")
+
+
+def adapted(tiny, decoder=None, dropout=0.0, dequantize="once", checkpointing=False, targets=TARGETS):
+    """The tiny model with an adapter whose B is not zero, in training mode; `decoder` computes it if given."""
+    model = tiny.model()
+    quantize(model, Quantization("nf4", True, 64, dequantize))
+    if checkpointing:
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    torch.manual_seed(1)
+    loss = SupervisedLoss(add_lora(model, Lora(4, 8, dropout, targets))).train()
+    for parameter in loss.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    loss.decoder = decoder(loss.model) if decoder else None
+    return loss
+
+
+def step(loss, rows=(ROW,)):
+    """Loss and gradients of one packed batch."""
+    torch.manual_seed(7)
+    loss.zero_grad()
+    value = loss(**collate(rows))
+    value.backward()
+    return value.item(), {name: p.grad for name, p in loss.named_parameters() if p.grad is not None}
+
+
+def largest_difference(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    scale = max(gradient.abs().max() for gradient in theirs.values())
+    return max((ours[name] - theirs[name]).abs().max() / scale for name in theirs)
+
+
+@pytest.mark.parametrize("dequantize", ["once", "each_use"])
+@pytest.mark.parametrize("rows", [(ROW,), (ROW, ROW[:1])], ids=["one row", "two rows"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+def test_loss_and_gradients_are_the_plain_ones(tiny, blocks, rows, dequantize, checkpointing):
+    ours, gradients = step(adapted(tiny, blocks.Decoder, 0.0, dequantize, checkpointing), rows)
+    theirs, reference = step(adapted(tiny, None, 0.0, dequantize), rows)
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert largest_difference(gradients, reference) < 1e-5
+
+
+def test_after_an_update_it_computes_with_the_new_values(tiny, blocks):
+    ours, theirs = adapted(tiny, blocks.Decoder), adapted(tiny)
+    for loss in (ours, theirs):
+        step(loss)
+        torch.optim.AdamW([p for p in loss.parameters() if p.requires_grad], lr=0.1, fused=True).step()
+    assert step(ours)[0] == pytest.approx(step(theirs)[0], rel=1e-5)
+
+
+def test_with_dropout_the_gradient_is_that_of_the_loss(tiny, blocks):
+    """By differences along a random direction, under the masks of one seed."""
+    loss = adapted(tiny, blocks.Decoder, dropout=0.3).double()
+    loss.decoder = blocks.Decoder(loss.model)
+    _, gradients = step(loss)
+    torch.manual_seed(0)
+    direction = {name: torch.randn_like(gradient) for name, gradient in gradients.items()}
+    expected = sum((gradients[name] * direction[name]).sum().item() for name in gradients)
+    values = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for name, parameter in loss.named_parameters():
+                if name in direction:
+                    parameter += sign * 1e-3 * direction[name]
+        values.append(step(loss)[0])
+        with torch.no_grad():
+            for name, parameter in loss.named_parameters():
+                if name in direction:
+                    parameter -= sign * 1e-3 * direction[name]
+    assert (values[0] - values[1]) / 2e-3 == pytest.approx(expected, rel=2e-3)
+
+
+def test_recomputed_activations_meet_the_same_masks(tiny, blocks):
+    once, gradients = step(adapted(tiny, blocks.Decoder, dropout=0.3))
+    twice, again = step(adapted(tiny, blocks.Decoder, dropout=0.3, checkpointing=True))
+    assert once == twice
+    assert all(torch.equal(gradients[name], again[name]) for name in gradients)
+
+
+def test_dropout_is_new_in_each_step_and_absent_in_evaluation(tiny, blocks):
+    loss = adapted(tiny, blocks.Decoder, dropout=0.3)
+    torch.manual_seed(0)
+    assert loss(**collate([ROW])) != loss(**collate([ROW]))
+    assert loss.eval()(**collate([ROW])).item() == pytest.approx(
+        adapted(tiny).eval()(**collate([ROW])).item(), rel=1e-5
+    )
+
+
+def test_the_adapter_and_the_model_stay_what_they_were(tiny, blocks):
+    ours, theirs = adapted(tiny, blocks.Decoder), adapted(tiny)
+    states = [loss.model.state_dict() for loss in (ours, theirs)]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[1])
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        assert torch.equal(ours.model.eval()(input_ids=ids).logits, theirs.model.eval()(input_ids=ids).logits)
+
+
+def test_what_it_does_not_know_is_left_to_others(tiny, blocks):
+    assert blocks.fits(adapted(tiny).model)
+    assert not blocks.fits(adapted(tiny, targets=["q_proj", "v_proj"]).model)
+    other = adapted(tiny).model
+    other.get_base_model().model.config.sliding_window = 16
+    assert not blocks.fits(other)
