@@ -9,6 +9,7 @@ input, no gradient of the weight) and 4 N for the head on positions that learn.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import statistics
@@ -83,11 +84,11 @@ def main() -> None:
             continue
         print(
             f"{name:<10}{row['tokens_per_s']:>10,.0f}{row['learned_per_s']:>11,.0f}{row['tflops']:>9.1f}"
-            f"{row['tflops'] / row['roof']:>9.0%}{row['peak_gib']:>7.1f}{row['first_s']:>9.1f}{row['loss']:>10.5f}"
+            f"{row['tflops'] / row['roof']:>9.0%}{row['peak_gib']:>7.1f}{row['first_s']:>9.1f}{row['loss']:>10.5f}  {row['adapter']}"
         )
 
 
-def measure(options: argparse.Namespace, variant: str) -> dict[str, float]:
+def measure(options: argparse.Namespace, variant: str) -> dict[str, Any]:
     """One variant's figures."""
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     import numpy as np
@@ -171,6 +172,7 @@ def measure(options: argparse.Namespace, variant: str) -> dict[str, float]:
         "peak_gib": (torch.cuda.max_memory_allocated() / 2**30) if where.type == "cuda" else float("nan"),
         "first_s": first,
         "loss": last.item(),
+        "adapter": hashlib.sha256(b"".join(p.detach().cpu().numpy().tobytes() for p in trained)).hexdigest()[:10],
     }
 
 
