@@ -93,6 +93,36 @@ def to_internlm2(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def write_sentencepiece(
+    folder: Path, pieces: Sequence[str], markers: Sequence[str], dummy_prefix: bool = False
+) -> None:
+    """tokenizer.model as InternLM2's: <unk> <s> </s>, the 256 bytes, `pieces` by falling score, and unnamed markers.
+
+    tokenizer_config.json gives the markers their names, and asks for code of the base's own.
+    """
+    from transformers.convert_slow_tokenizer import import_protobuf
+
+    model = import_protobuf().ModelProto()
+    model.trainer_spec.model_type = 2
+    model.trainer_spec.byte_fallback = True
+    model.normalizer_spec.add_dummy_prefix = dummy_prefix
+    model.normalizer_spec.remove_extra_whitespaces = False
+    unnamed = [f"[UNUSED_TOKEN_{number}]" for number in range(len(markers))]
+    kinds = {"<unk>": 2, "<s>": 3, "</s>": 3, **dict.fromkeys((f"<0x{byte:02X}>" for byte in range(256)), 6)}
+    for piece in [*kinds, *pieces, *unnamed]:
+        score = -float(pieces.index(piece)) if piece in pieces else 0.0
+        model.pieces.add(piece=piece, score=score, type=kinds.get(piece, 1))
+    (folder / "tokenizer.model").write_bytes(model.SerializeToString(deterministic=True))
+    first = len(model.pieces) - len(markers)
+    named = {0: "<unk>", 1: "<s>", 2: "</s>", **dict(enumerate(markers, first))}
+    config = {
+        "added_tokens_decoder": {str(index): {"content": name, "special": True} for index, name in named.items()},
+        "auto_map": {"AutoTokenizer": ["tokenization_internlm2.X", None]},
+        "tokenizer_class": "InternLM2Tokenizer",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """folder, tokenizer, conversation of the tiny model; `model()` loads it anew."""

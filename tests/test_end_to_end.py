@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, to_internlm2, write_tiny_model
+from tests.conftest import ROOT, to_internlm2, write_sentencepiece, write_tiny_model
 
 pytestmark = pytest.mark.slow
 
@@ -344,6 +344,8 @@ def test_the_tutorials_recipe_runs_on_a_checkpoint_of_that_shape(tmp_path):
     place = clone(tmp_path / "tutorial", "internlm2-tutorial", TUTORIAL)
     base = write_tiny_model(place.root / "internlm2-chat-1_8b", ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"])
     to_internlm2(base)
+    (base / "tokenizer.json").unlink()
+    write_sentencepiece(base, [], ["<|im_start|>", "<|im_end|>"])
     place.run("git", "init", "-q", "-b", "main")
     place.record_checksums("internlm2-chat-1.8b")
     assert place.repro() == STAGES

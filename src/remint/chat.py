@@ -1,11 +1,14 @@
 """One conversation template renders training, evaluation, chat and serving, and travels with every model.
 
-Ids are made from the template's pieces, not from one long string: markers are looked up as special tokens, while what
-a person wrote is tokenized with special tokens switched off. So text that spells a marker never becomes one, and the
-loss mask needs no search for where an answer starts.
+Ids are made turn by turn, not from one long string: markers are looked up as special tokens, while what a person wrote is
+tokenized with special tokens switched off. So text that spells a marker never becomes one, and the loss mask needs no
+search for where an answer starts. Text goes on from the plain words of the markup before it ("user" and a newline), so a
+tokenizer that joins pieces across that border, or marks the start of a text, gives the ids of the whole string. Only
+an answer always starts with a token of its own, because a model has to write it.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -80,8 +83,9 @@ class Conversation:
         for message in self.messages(history):
             turn: Turn = getattr(self.template, message["role"])
             is_answer = message["role"] == "assistant"
-            add(_markup(tokenizer, turn.before), False)
-            add(_content(tokenizer, message["content"]), is_answer)
+            before, content = _opened(tokenizer, turn.before, message["content"], apart=is_answer)
+            add(before, False)
+            add(content, is_answer)
             if is_answer:
                 add(_markup(tokenizer, self.template.end), True)
             add(_markup(tokenizer, turn.after), False)
@@ -151,7 +155,19 @@ def _markup(tokenizer: Any, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False) if text else []
 
 
-def _content(tokenizer: Any, text: str) -> list[int]:
+def _opened(tokenizer: Any, before: str, content: str, apart: bool) -> tuple[list[int], list[int]]:
+    """Ids of a turn's markup and of its text, which no token belongs to both of if they are kept `apart`."""
+    markers = "|".join(re.escape(token) for token in sorted(tokenizer.added_tokens_encoder, key=len, reverse=True))
+    words = re.split(markers, before)[-1] if markers else before
+    start, whole = _plain(tokenizer, words), _plain(tokenizer, words + content)
+    if whole[: len(start)] == start:
+        return _markup(tokenizer, before), whole[len(start) :]
+    if apart:
+        return _markup(tokenizer, before), _plain(tokenizer, content)
+    return _markup(tokenizer, before.removesuffix(words)), whole
+
+
+def _plain(tokenizer: Any, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) if text else []
 
 

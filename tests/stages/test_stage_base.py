@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from remint import chat, manifest, modeling
+from remint import chat, internlm2, manifest, modeling
 from remint.core.errors import ArtefactError
 from remint.core.log import silent
 from remint.core.paths import Paths
-from remint.stages.stage_base import internlm2, sources
+from remint.stages.stage_base import sources
 from remint.stages.stage_base.run import run
 from remint.stages.stage_base.settings import Model
 from tests.conftest import CHATML, to_internlm2, write_tiny_model

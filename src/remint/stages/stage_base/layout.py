@@ -1,16 +1,17 @@
 """Turn whatever a source delivered into plain safetensors, a plain config and a fast tokenizer."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from remint import modeling, shards
+from remint import internlm2, modeling, shards
 from remint.core.errors import ArtefactError, got
 from remint.manifest import dump_json
-from remint.stages.stage_base import internlm2
+from remint.stages.stage_base import sentencepiece_model
 from remint.stages.stage_base.settings import Model
 
 # Fields of config.json that name where a file lay or how the source was packed, and say nothing about the model.
@@ -46,7 +47,12 @@ def read_config(folder: Path, gguf: str | None) -> Any:
 
 
 def read_tokenizer(folder: Path, gguf: str | None) -> Any:
-    """The tokenizer, which must be a fast one: only those give ids with offsets and travel as one JSON file."""
+    """The tokenizer, which must be a fast one: only those give ids with offsets and travel as one JSON file.
+
+    InternLM2 brings a SentencePiece model and code of its own that reads it: the model is turned into a fast tokenizer.
+    """
+    if gguf is None and _brings_sentencepiece(folder):
+        return sentencepiece_model.read(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, gguf_file=gguf, trust_remote_code=False, local_files_only=True
@@ -81,6 +87,10 @@ def write_weights(folder: Path, gguf: str | None, config: Any, dtype: torch.dtyp
     return writer
 
 
+def _brings_sentencepiece(folder: Path) -> bool:
+    return _is_internlm2(folder) and (folder / sentencepiece_model.NAME).is_file()
+
+
 def _is_internlm2(folder: Path) -> bool:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -103,8 +113,11 @@ def write_config(config: Any, model: Model, draft: Path) -> None:
     (draft / "generation_config.json").write_text(dump_json(ends), encoding="utf-8")
 
 
-def write_tokenizer(tokenizer: Any, draft: Path) -> None:
-    """Write tokenizer.json and its config; the template is written by who knows it, not taken from the source."""
+def write_tokenizer(tokenizer: Any, folder: Path, draft: Path) -> None:
+    """Write tokenizer.json and its config; the template is written by who knows it, not taken from the source.
+
+    A SentencePiece model is kept beside them for tools that want InternLM2's own layout back.
+    """
     tokenizer.chat_template = None
     tokenizer.save_pretrained(draft)
     path = draft / "tokenizer_config.json"
@@ -112,6 +125,8 @@ def write_tokenizer(tokenizer: Any, draft: Path) -> None:
     for key in ("is_local", "local_files_only", "name_or_path"):
         content.pop(key, None)
     path.write_text(dump_json(content), encoding="utf-8")
+    if _brings_sentencepiece(folder):
+        shutil.copyfile(folder / sentencepiece_model.NAME, draft / sentencepiece_model.NAME)
 
 
 def check(draft: Path, vocabulary: int) -> None:

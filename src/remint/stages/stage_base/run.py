@@ -23,7 +23,7 @@ def run(model: Model, paths: Paths, log: Log) -> None:
             raise ArtefactError(f"model.template: the tokenizer has no token {unknown}; correct conf/model/<name>.yaml")
         writer = layout.write_weights(folder, gguf, config, modeling.DTYPES[model.dtype], draft, model.shard_mb * 2**20)
         layout.write_config(config, model, draft)
-        layout.write_tokenizer(tokenizer, draft)
+        layout.write_tokenizer(tokenizer, folder, draft)
         Conversation(model.template, system="").save(draft)
         layout.check(draft, len(tokenizer))
         facts.update(
