@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from remint.core.errors import ArtefactError, got
+
 MODEL_TYPE = "internlm2"
 
 _NAMES = {
@@ -25,11 +27,14 @@ _LAYER_NAMES = {
     "ffn_norm": "post_attention_layernorm",
 }
 _FUSED = "attention.wqkv"
+# What names the base's own code, or says nothing about the model.
 _DROPPED = (
     "auto_map",
     "architectures",
     "model_type",
     "bias",
+    "rope_theta",
+    "rope_scaling",
     "attn_implementation",
     "_name_or_path",
     "transformers_version",
@@ -37,14 +42,32 @@ _DROPPED = (
 
 
 def llama_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The same model as a Llama configuration; what names the model's own code is left out."""
+    """The same model as a Llama configuration; where config.json is silent, InternLM2's own defaults count.
+
+    Raises ArtefactError for a kind of RoPE scaling that InternLM2 does not have.
+    """
     kept = {key: value for key, value in config.items() if key not in _DROPPED}
-    bias = bool(config.get("bias", False))
-    return {**kept, "attention_bias": bias, "mlp_bias": False}
+    rope = {"rope_theta": float(config.get("rope_theta", 10000)), "rope_type": "default"}
+    scaling = config.get("rope_scaling")
+    if scaling:
+        kind = scaling.get("type", scaling.get("rope_type"))
+        if kind not in ("linear", "dynamic") or "factor" not in scaling:
+            raise ArtefactError(
+                f"config.json: rope_scaling must be linear or dynamic with a factor, {got(scaling)}; get the file again"
+            )
+        rope |= {"rope_type": kind, "factor": float(scaling["factor"])}
+    return {
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6,
+        **kept,
+        "attention_bias": bool(config.get("bias", True)),
+        "mlp_bias": False,
+        "rope_parameters": rope,
+    }
 
 
 def to_llama(name: str, tensor: torch.Tensor, config: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """The Llama tensors that one InternLM2 tensor holds. Raises KeyError for a name that InternLM2 does not have."""
+    """The Llama tensors that one InternLM2 tensor holds. Raises ArtefactError for a name that InternLM2 does not have."""
     if name in _NAMES:
         yield _NAMES[name], tensor
         return
@@ -57,8 +80,10 @@ def to_llama(name: str, tensor: torch.Tensor, config: Any) -> Iterator[tuple[str
             "qkv", split_qkv(tensor, config.num_attention_heads, config.num_key_value_heads), strict=True
         ):
             yield f"{layer}.self_attn.{which}_proj.{kind}", split
-    else:
+    elif part in _LAYER_NAMES:
         yield f"{layer}.{_LAYER_NAMES[part]}.{kind}", tensor
+    else:
+        raise ArtefactError(f"base: InternLM2 has no tensor of that name, {got(name)}; get the base model again")
 
 
 def split_qkv(fused: torch.Tensor, heads: int, kv_heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -15,21 +15,25 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 
-def files(folder: Path) -> list[Path]:
-    """The shards of a model in order. Raises ArtefactError if one that the index names is absent."""
-    if not (folder / INDEX).exists():
-        if not (folder / SINGLE).exists():
-            raise ArtefactError(f"{folder}: holds no {SINGLE} and no {INDEX}; only safetensors are read")
-        return [folder / SINGLE]
+def files(folder: Path, single: str = SINGLE) -> list[Path]:
+    """The shards of a model in order: the file `single`, or those that its index names.
+
+    Raises ArtefactError if one is absent.
+    """
+    index = folder / f"{single}.index.json"
+    if not index.exists():
+        if not (folder / single).exists():
+            raise ArtefactError(f"{folder}: holds no {single} and no {index.name}; get the weights again")
+        return [folder / single]
     try:
-        names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ArtefactError(f"{folder / INDEX}: is no index of shards ({error}); get the file again") from None
+        raise ArtefactError(f"{index}: is no index of shards ({error}); get the file again") from None
     wrong = [name for name in names if not isinstance(name, str) or Path(name).name != name]
     missing = [name for name in names if name not in wrong and not (folder / name).is_file()]
     if wrong or missing:
         raise ArtefactError(
-            *(f"{folder / INDEX}: {name!r} is no plain file name; get the file again" for name in wrong),
+            *(f"{index}: {name!r} is no plain file name; get the file again" for name in wrong),
             *(f"{folder / name}: missing, though the index names it; get the file again" for name in missing),
         )
     return [folder / name for name in names]

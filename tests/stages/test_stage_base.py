@@ -96,7 +96,7 @@ def spoil_config(**changes):
         (lambda: Path("tiny/config.json").write_text("{"), "no valid JSON"),
         (lambda: Path("tiny/config.json").unlink(), "config.json: not found"),
         (lambda: Path("tiny/model.safetensors").write_bytes(b"\xff" * 64), "no readable safetensors"),
-        (lambda: Path("tiny/model.safetensors").rename("tiny/pytorch_model.bin"), "only safetensors are read"),
+        (lambda: Path("tiny/model.safetensors").rename("tiny/weights.dat"), "holds no model.safetensors"),
     ],
 )
 def test_a_folder_that_is_not_right_is_refused_and_nothing_left(paths, spoil, said):

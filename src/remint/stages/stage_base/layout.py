@@ -2,16 +2,17 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from remint import internlm2, modeling, shards
+from remint import internlm2, modeling, shards, torch_files
 from remint.core.errors import ArtefactError, got
 from remint.manifest import dump_json
-from remint.stages.stage_base import sentencepiece_model
+from remint.stages.stage_base import sentencepiece_model, sources
 from remint.stages.stage_base.settings import Model
 
 # Fields of config.json that name where a file lay or how the source was packed, and say nothing about the model.
@@ -72,11 +73,10 @@ def write_weights(folder: Path, gguf: str | None, config: Any, dtype: torch.dtyp
     tied = "lm_head.weight" if config.tie_word_embeddings else None
     if gguf is None:
         converted = _is_internlm2(folder)
-        for path in shards.files(folder):
-            for name, tensor in shards.tensors(path):
-                for new_name, part in internlm2.to_llama(name, tensor, config) if converted else [(name, tensor)]:
-                    if new_name != tied:
-                        writer.add(new_name, part.to(dtype))
+        for name, tensor in _source_tensors(folder):
+            for new_name, part in internlm2.to_llama(name, tensor, config) if converted else [(name, tensor)]:
+                if new_name != tied:
+                    writer.add(new_name, part.to(dtype))
     else:
         # In fp32, the precision that GGUF defines its values in; rounded once, by the cast below.
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32, local_files_only=True)
@@ -85,6 +85,17 @@ def write_weights(folder: Path, gguf: str | None, config: Any, dtype: torch.dtyp
                 writer.add(name, tensor.to(dtype))
     writer.close()
     return writer
+
+
+def _source_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of a folder, one shard at a time; PyTorch's own files are read where there are no safetensors."""
+    if not sources.only_pickled(folder):
+        for path in shards.files(folder):
+            yield from shards.tensors(path)
+        return
+    for path in shards.files(folder, "pytorch_model.bin"):
+        for name, tensor in sorted(torch_files.tensors(path).items()):
+            yield name, tensor.clone()  # tied tensors share memory in such a file, which safetensors do not allow
 
 
 def _brings_sentencepiece(folder: Path) -> bool:

