@@ -2,13 +2,24 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 
+from remint import manifest
+from remint.core.log import silent
+from remint.core.paths import Paths
+from remint.stages.stage_base.run import run
+from remint.stages.stage_base.settings import Model
+from tests.conftest import CHATML, write_sentencepiece
+
+TEMPLATE = replace(CHATML, bos="<s>", stop=["<|im_end|>", "</s>"])
 CONFIG = {
     "model_type": "internlm2",
     "architectures": ["InternLM2ForCausalLM"],
@@ -61,6 +72,34 @@ def random_weights(config: Mapping[str, Any]) -> dict[str, Tensor]:
         for norm in ("attention_norm", "ffn_norm"):
             made[f"model.layers.{layer}.{norm}.weight"] = 1 + drawn(wide)
     return made
+
+
+def stage_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Paths:
+    """A fixture: an empty repository as the working directory, and in it the folder `tiny` with a tokenizer."""
+    monkeypatch.chdir(tmp_path)
+    Path("tiny").mkdir()
+    write_sentencepiece(Path("tiny"), [], ["<|im_start|>", "<|im_end|>"])
+    paths = {name: f"data/{name}" for name in Paths.__annotations__}
+    Path("params.yaml").write_text(json.dumps({"paths": paths}), encoding="utf-8")
+    return Paths(**{name: Path(path) for name, path in paths.items()})
+
+
+def write_checkpoint(config: Mapping[str, Any], kind: str) -> dict[str, Tensor]:
+    """Random weights in `tiny`, as `safetensors` or as `bin`."""
+    weights = random_weights(config)
+    write_config(Path("tiny"), config)
+    if kind == "safetensors":
+        save_file(weights, "tiny/model.safetensors", metadata={"format": "pt"})
+    else:
+        write_bins(Path("tiny"), weights)
+    return weights
+
+
+def stage(paths: Paths, files: dict[str, str] | None = None) -> None:
+    """Run stage_base on `tiny`, with the checksums of all its files unless others are given."""
+    if files is None:
+        files = {path.name: manifest.file_digest(path) for path in Path("tiny").iterdir()}
+    run(Model("Tiny", "local_folder", "tiny", None, None, "mit", "float32", 1, files, TEMPLATE), paths, silent)
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:

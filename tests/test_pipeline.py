@@ -19,6 +19,7 @@ ABOVE = {
     "terminal.py",
     "recipes.py",
     "served.py",
+    "export.py",
     "summary.py",
     "fingerprint.py",
     "process.py",

@@ -10,12 +10,15 @@ from remint.core.errors import RemintError, Stopped
 
 _COMMANDS = {
     "chat": "talk to the merged model",
+    "export": "write the merged model in the layout of its base (internlm2)",
     "sync": "write the pipeline's present state to MLflow as one run",
     "summary": "say what was built, how well, and what to type next",
     "verify": "recompute the checksums of every artefact",
     "recipes": "list the ready-made params.yaml files",
     "recipe": "put one of them in place",
 }
+# Commands with options of their own, by module.
+_WITH_OPTIONS = {"chat": "remint.terminal", "export": "remint.export"}
 
 
 def main() -> int:
@@ -48,8 +51,8 @@ def _dispatch(name: str, rest: Sequence[str]) -> int:
         raise RemintError(f"remint: no such command, got {name!r}; choose from {', '.join(known)}")
     # Before anything heavy is imported: the process starts anew when a variable is not yet set.
     launch.restart_with(launch.environment(_threads(rest), network=name == "stage_base"))
-    if name == "chat":
-        return import_module("remint.terminal").main(rest)
+    if name in _WITH_OPTIONS:
+        return import_module(_WITH_OPTIONS[name]).main(rest)
     if name in ("sync", "summary", "verify"):
         argparse.ArgumentParser(prog=f"remint {name}", description=f"This will {_COMMANDS[name]}.").parse_args(rest)
         getattr(import_module("remint.tracking" if name == "sync" else "remint.summary"), name)()

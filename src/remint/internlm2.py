@@ -1,10 +1,10 @@
-"""InternLM2's layout turned into Llama's, so that its own code is never needed.
+"""InternLM2's layout turned into Llama's and back, so that its own code is never needed.
 
 The two differ in names and in one fused matrix: the rows of `wqkv` go by key-value head, and for each of these come the
 queries of its group, the key, the value (InternLM's modeling_internlm2.py; its tools/convert2llama.py does the same).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -27,6 +27,14 @@ _LAYER_NAMES = {
     "ffn_norm": "post_attention_layernorm",
 }
 _FUSED = "attention.wqkv"
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+# The code that InternLM2's publisher puts beside such files; none of it comes with this project.
+_CODE = {
+    "AutoConfig": "configuration_internlm2.InternLM2Config",
+    "AutoModel": "modeling_internlm2.InternLM2ForCausalLM",
+    "AutoModelForCausalLM": "modeling_internlm2.InternLM2ForCausalLM",
+}
+_TOKENIZER_CODE = ["tokenization_internlm2.InternLM2Tokenizer", "tokenization_internlm2_fast.InternLM2TokenizerFast"]
 # What names the base's own code, or says nothing about the model.
 _DROPPED = (
     "auto_map",
@@ -38,6 +46,16 @@ _DROPPED = (
     "attn_implementation",
     "_name_or_path",
     "transformers_version",
+)
+# What own_config says in InternLM2's words.
+_LLAMA_ONLY = (
+    "attention_bias",
+    "attention_dropout",
+    "dtype",
+    "head_dim",
+    "mlp_bias",
+    "pretraining_tp",
+    "rope_parameters",
 )
 
 
@@ -66,6 +84,54 @@ def llama_config(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def own_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """InternLM2's configuration of a Llama's. Raises ArtefactError if the model has what InternLM2 has no place for."""
+    rope = config.get("rope_parameters") or {}
+    kind = rope.get("rope_type", "default")
+    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    faults = [
+        f"config.json: {name} must be {must} in InternLM2's layout, {got(found)}; this model has no such form"
+        for name, must, found, fits in (
+            ("model_type", "llama", config["model_type"], config["model_type"] == "llama"),
+            ("mlp_bias", False, config.get("mlp_bias"), not config.get("mlp_bias")),
+            ("rope_type", "default, linear or dynamic", kind, kind in ("default", "linear", "dynamic")),
+            ("head_dim", "hidden_size / heads", size, size * config["num_attention_heads"] == config["hidden_size"]),
+        )
+        if not fits
+    ]
+    if faults:
+        raise ArtefactError(*faults)
+    kept = {key: value for key, value in config.items() if key not in _LLAMA_ONLY}
+    return {
+        **kept,
+        "architectures": ["InternLM2ForCausalLM"],
+        "auto_map": _CODE,
+        "model_type": MODEL_TYPE,
+        "bias": bool(config.get("attention_bias", False)),
+        "rope_theta": rope.get("rope_theta", 10000.0),
+        "rope_scaling": None if kind == "default" else {"type": kind, "factor": rope["factor"]},
+        "torch_dtype": config["dtype"],
+    }
+
+
+def tokenizer_config(tokenizer: Any) -> dict[str, Any]:
+    """tokenizer_config.json for the base's own tokenizer: the names that its markers have in tokenizer.model's place."""
+    flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+    added = {
+        str(index): {flag: getattr(token, flag) for flag in flags}
+        for index, token in tokenizer.added_tokens_decoder.items()
+    }
+    roles = {role: getattr(tokenizer, role) for role in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    return {
+        **roles,
+        "added_tokens_decoder": added,
+        "additional_special_tokens": tokenizer.extra_special_tokens,
+        "auto_map": {"AutoTokenizer": _TOKENIZER_CODE},
+        "clean_up_tokenization_spaces": False,
+        "tokenizer_class": "InternLM2Tokenizer",
+    }
+
+
 def to_llama(name: str, tensor: torch.Tensor, config: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """The Llama tensors that one InternLM2 tensor holds. Raises ArtefactError for a name that InternLM2 does not have."""
     if name in _NAMES:
@@ -76,10 +142,9 @@ def to_llama(name: str, tensor: torch.Tensor, config: Any) -> Iterator[tuple[str
     part, _, kind = rest.rpartition(".")
     layer = f"{prefix}.layers.{number}"
     if part == _FUSED:
-        for which, split in zip(
-            "qkv", split_qkv(tensor, config.num_attention_heads, config.num_key_value_heads), strict=True
-        ):
-            yield f"{layer}.self_attn.{which}_proj.{kind}", split
+        split = split_qkv(tensor, config.num_attention_heads, config.num_key_value_heads)
+        for own, rows in zip(_QKV, split, strict=True):
+            yield f"{layer}.{own}.{kind}", rows
     elif part in _LAYER_NAMES:
         yield f"{layer}.{_LAYER_NAMES[part]}.{kind}", tensor
     else:
@@ -91,3 +156,45 @@ def split_qkv(fused: torch.Tensor, heads: int, kv_heads: int) -> tuple[torch.Ten
     group = heads // kv_heads
     rows = fused.unflatten(0, (kv_heads, group + 2, -1))
     return rows[:, :group].flatten(0, 2), rows[:, group].flatten(0, 1), rows[:, group + 1].flatten(0, 1)
+
+
+def from_llama(
+    parts: Iterable[tuple[str, torch.Tensor]], config: Mapping[str, Any]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a Llama by InternLM2's names; queries, keys and values wait for each other and leave as one.
+
+    Raises ArtefactError for a name that has no place in InternLM2.
+    """
+    names = {llama: own for own, llama in _NAMES.items()}
+    layer_names = {llama: own for own, llama in _LAYER_NAMES.items()}
+    waiting: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in parts:
+        prefix, _, rest = name.partition(".layers.")
+        number, _, rest = rest.partition(".")
+        part, _, kind = rest.rpartition(".")
+        layer = f"{prefix}.layers.{number}"
+        if name in names:
+            yield names[name], tensor
+        elif part in layer_names:
+            yield f"{layer}.{layer_names[part]}.{kind}", tensor
+        elif part in _QKV:
+            fused = f"{layer}.{_FUSED}.{kind}"
+            found = waiting.setdefault(fused, {})
+            found[part] = tensor
+            if len(found) == len(_QKV):
+                q, k, v = (waiting[fused][which] for which in _QKV)
+                del waiting[fused]
+                yield fused, fuse_qkv(q, k, v, config["num_attention_heads"], config["num_key_value_heads"])
+        else:
+            raise ArtefactError(f"model: InternLM2 has no place for a tensor, {got(name)}; this model has no such form")
+    if waiting:
+        raise ArtefactError(
+            f"model: lacks queries, keys or values of {sorted(waiting)}; make it again with `dvc repro`"
+        )
+
+
+def fuse_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, kv_heads: int) -> torch.Tensor:
+    """What split_qkv takes apart: rows by key-value head, in each the queries of its group, the key, the value."""
+    size = q.shape[0] // heads
+    rows = [part.unflatten(0, (kv_heads, -1, size)) for part in (q, k, v)]
+    return torch.cat(rows, 1).flatten(0, 2)

@@ -1,46 +1,15 @@
 """An InternLM2 checkpoint, staged: it computes what InternLM2's own forward pass computes, whatever it was stored as."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from remint import manifest, modeling
 from remint.core.errors import ArtefactError
-from remint.core.log import silent
-from remint.core.paths import Paths
-from remint.stages.stage_base.run import run
-from remint.stages.stage_base.settings import Model
-from tests.conftest import CHATML, write_sentencepiece
-from tests.internlm2_reference import CONFIG, forward, random_weights, write_bins, write_config
+from tests.internlm2_reference import CONFIG, forward, stage, stage_paths, write_bins, write_checkpoint, write_config
 
-TEMPLATE = replace(CHATML, bos="<s>", stop=["<|im_end|>", "</s>"])
-
-
-@pytest.fixture
-def paths(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("tiny").mkdir()
-    write_sentencepiece(Path("tiny"), [], ["<|im_start|>", "<|im_end|>"])
-    return Paths(**{name: Path(name) for name in Paths.__annotations__})
-
-
-def write(config, kind):
-    weights = random_weights(config)
-    write_config(Path("tiny"), config)
-    if kind == "safetensors":
-        save_file(weights, "tiny/model.safetensors", metadata={"format": "pt"})
-    else:
-        write_bins(Path("tiny"), weights)
-    return weights
-
-
-def stage(paths, files=None):
-    if files is None:
-        files = {path.name: manifest.file_digest(path) for path in Path("tiny").iterdir()}
-    run(Model("Tiny", "local_folder", "tiny", None, None, "mit", "float32", 1, files, TEMPLATE), paths, silent)
+paths = pytest.fixture(stage_paths)
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
@@ -56,7 +25,7 @@ def stage(paths, files=None):
 )
 def test_the_logits_are_internlm2s_within_and_beyond_the_trained_length(paths, kind, changes):
     config = {**CONFIG, **changes}
-    weights = write(config, kind)
+    weights = write_checkpoint(config, kind)
     stage(paths)
     model = modeling.load_model(paths.base, torch.float32, torch.device("cpu"))
     for length in (9, 24, 25, 60):
@@ -68,7 +37,7 @@ def test_the_logits_are_internlm2s_within_and_beyond_the_trained_length(paths, k
 
 def test_what_config_json_does_not_say_is_as_internlm2s_code_has_it(paths):
     config = {**CONFIG, "bias": True, "rope_theta": 10000.0, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
-    weights = write(config, "safetensors")
+    weights = write_checkpoint(config, "safetensors")
     said = set(config) - {"bias", "rope_theta", "rope_scaling", "max_position_embeddings", "rms_norm_eps"}
     write_config(Path("tiny"), {key: config[key] for key in said})
     stage(paths)
@@ -79,7 +48,7 @@ def test_what_config_json_does_not_say_is_as_internlm2s_code_has_it(paths):
 
 
 def test_another_kind_of_rope_scaling_is_refused(paths):
-    write({**CONFIG, "rope_scaling": {"type": "yarn", "factor": 2.0}}, "safetensors")
+    write_checkpoint({**CONFIG, "rope_scaling": {"type": "yarn", "factor": 2.0}}, "safetensors")
     with pytest.raises(ArtefactError, match="rope_scaling must be linear or dynamic"):
         stage(paths)
 
@@ -112,7 +81,7 @@ def put(name, content, **how):
     ],
 )
 def test_a_pickled_file_that_holds_more_than_tensors_is_refused_and_not_run(paths, spoil, said):
-    write(CONFIG, "bin")
+    write_checkpoint(CONFIG, "bin")
     spoil("pytorch_model-00002-of-00002.bin")
     with pytest.raises(ArtefactError, match=said):
         stage(paths)
@@ -121,14 +90,14 @@ def test_a_pickled_file_that_holds_more_than_tensors_is_refused_and_not_run(path
 
 
 def test_pickled_weights_without_a_recorded_checksum_are_told_and_not_opened(paths, monkeypatch):
-    write(CONFIG, "bin")
+    write_checkpoint(CONFIG, "bin")
     monkeypatch.setattr(torch, "load", None)
     with pytest.raises(ArtefactError, match=r"pytorch_model-00001-of-00002.bin: [0-9a-f]{64}"):
         stage(paths, files={})
 
 
 def test_pickled_weights_beside_safetensors_are_left_alone(paths, monkeypatch):
-    weights = write(CONFIG, "safetensors")
+    weights = write_checkpoint(CONFIG, "safetensors")
     write_bins(Path("tiny"), weights)
     monkeypatch.setattr(torch, "load", None)
     files = {path.name: manifest.file_digest(path) for path in Path("tiny").iterdir() if path.suffix != ".bin"}
