@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from tests.conftest import ROOT, to_internlm2, write_sentencepiece, write_tiny_model
 
@@ -353,3 +354,33 @@ def test_the_tutorials_recipe_runs_on_a_checkpoint_of_that_shape(tmp_path):
     assert metrics["merged"]["identity_loss"] < metrics["base"]["identity_loss"]
     config = json.loads((place.root / "data/model/config.json").read_text(encoding="utf-8"))
     assert config["model_type"] == "llama"
+    place.run("docker/run", "python", "-m", "remint", "export", "internlm2")
+    exported = load_file(place.root / "data/export/model.safetensors")
+    original = load_file(base / "model.safetensors")
+    assert {name: t.shape for name, t in exported.items()} == {name: t.shape for name, t in original.items()}
+
+    # An adapter that was trained elsewhere needs the base and the dataset, and none of the pipeline's training.
+    for name in ("checkpoint", "adapter", "model", "report"):
+        shutil.rmtree(place.root / f"data/{name}")
+    write_xtuner_checkpoint(place.root / "iter_5.pth", original)
+    said = place.run("docker/run", "python", "-m", "remint", "import-adapter", "iter_5.pth")
+    (merge,) = (line.split()[1:] for line in said.splitlines() if line.startswith("  remint merge"))
+    place.run("docker/run", "python", "-m", "remint", *merge, "merge.dtype=float32")
+    (chat,) = (line.split()[1:] for line in said.splitlines() if line.startswith("  remint chat"))
+    answer = place.run(
+        "docker/run", "python", "-m", "remint", *chat, "--once", "你是谁", "--json", "--max-new-tokens", "4"
+    )
+    assert json.loads(answer.splitlines()[-1])["question"] == "你是谁"
+
+
+def write_xtuner_checkpoint(path, base):
+    """A .pth with random LoRA matrices for the attention of a checkpoint in InternLM2's layout."""
+    import torch
+
+    state = {}
+    for name, weight in base.items():
+        if ".attention." in name:
+            layer = f"llm.base_model.model.{name.removesuffix('.weight')}"
+            state[f"{layer}.lora_A.default.weight"] = torch.randn(2, weight.shape[1]) * 0.1
+            state[f"{layer}.lora_B.default.weight"] = torch.randn(weight.shape[0], 2) * 0.1
+    torch.save({"meta": {"cfg": "lora_alpha=16", "iter": 5}, "state_dict": state}, path)

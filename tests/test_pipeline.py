@@ -20,6 +20,7 @@ ABOVE = {
     "recipes.py",
     "served.py",
     "export.py",
+    "import_adapter.py",
     "summary.py",
     "fingerprint.py",
     "process.py",
@@ -54,6 +55,13 @@ def test_dvc_knows_every_file_that_a_stage_imports(stage, in_root):
     files = [path.relative_to(ROOT) for path in imported(SRC / f"remint/stages/{stage}/run.py")]
     missing = [str(f) for f in files if not any(f == d or d in f.parents for d in declared)]
     assert not missing, f"add to dvc.yaml, stages.{stage}.deps: {sorted(missing)}"
+
+
+def test_a_place_given_on_the_command_line_is_the_one_that_counts(in_root):
+    places = [path.as_posix() for path in fingerprint.declared("merge", {"adapter": "data/imported"})]
+    assert "data/imported" in places
+    assert "data/adapter" not in places
+    assert "data/base" in places
 
 
 @pytest.mark.parametrize("stage", STAGES)

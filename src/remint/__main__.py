@@ -11,6 +11,7 @@ from remint.core.errors import RemintError, Stopped
 _COMMANDS = {
     "chat": "talk to the merged model",
     "export": "write the merged model in the layout of its base (internlm2)",
+    "import-adapter": "turn an adapter that XTuner trained for InternLM2 into one for the base",
     "sync": "write the pipeline's present state to MLflow as one run",
     "summary": "say what was built, how well, and what to type next",
     "verify": "recompute the checksums of every artefact",
@@ -18,7 +19,7 @@ _COMMANDS = {
     "recipe": "put one of them in place",
 }
 # Commands with options of their own, by module.
-_WITH_OPTIONS = {"chat": "remint.terminal", "export": "remint.export"}
+_WITH_OPTIONS = {"chat": "remint.terminal", "export": "remint.export", "import-adapter": "remint.import_adapter"}
 
 
 def main() -> int:
@@ -105,7 +106,7 @@ def _threads(rest: Sequence[str]) -> int:
 def _usage() -> str:
     lines = ["usage: remint STAGE [key=value …] | remint COMMAND", "", "stages of the pipeline, in order:"]
     lines += [f"  {stage}" for stage in ("replicate_data", "stage_base", "train", "convert", "merge", "eval_chat")]
-    lines += ["", "commands:", *(f"  {name:<10}{text}" for name, text in _COMMANDS.items())]
+    lines += ["", "commands:", *(f"  {name:<16}{text}" for name, text in _COMMANDS.items())]
     return "\n".join(lines)
 
 

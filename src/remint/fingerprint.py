@@ -18,9 +18,9 @@ def of_stage(stage: str, config: DictConfig) -> str:
     """sha256 (hex) over the stage's composed settings and every dependency that dvc.yaml declares for it."""
     settings = OmegaConf.to_container(config, resolve=True)
     assert isinstance(settings, dict)
-    # Where results lie changes nothing in them.
-    settings.pop("paths", None)
-    return digest({"stage": stage, "settings": settings, "dependencies": dependencies(stage)})
+    # Where results lie changes nothing in them; what is read is compared by content.
+    places = settings.pop("paths", {})
+    return digest({"stage": stage, "settings": settings, "dependencies": dependencies(stage, places)})
 
 
 def stages() -> list[str]:
@@ -28,15 +28,18 @@ def stages() -> list[str]:
     return list(_pipeline())
 
 
-def dependencies(stage: str) -> dict[str, str]:
-    """Each declared dependency of a stage with a digest of its content; an artefact's manifest stands for it."""
-    return {str(path): _content(path) for path in declared(stage)}
+def dependencies(stage: str, places: Mapping[str, str]) -> dict[str, str]:
+    """Each declared dependency of a stage with a digest of its content; an artefact's manifest stands for it.
+
+    `places` are the run's own `paths`, which a command line may have changed.
+    """
+    return {str(path): _content(path) for path in declared(stage, places)}
 
 
-def declared(stage: str) -> list[Path]:
-    """The paths that dvc.yaml declares as the stage's dependencies, with `${paths.x}` filled in."""
-    places = load_yaml(PARAMS).get("paths") or {}
-    return [Path(_filled(entry, places)) for entry in _pipeline()[stage]["deps"]]
+def declared(stage: str, places: Mapping[str, str] | None = None) -> list[Path]:
+    """The paths that dvc.yaml declares as the stage's dependencies, with `${paths.x}` filled in from params.yaml."""
+    known = {**(load_yaml(PARAMS).get("paths") or {}), **(places or {})}
+    return [Path(_filled(entry, known)) for entry in _pipeline()[stage]["deps"]]
 
 
 def _pipeline() -> dict[str, Any]:

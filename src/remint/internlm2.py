@@ -142,6 +142,11 @@ def to_llama(name: str, tensor: torch.Tensor, config: Any) -> Iterator[tuple[str
     part, _, kind = rest.rpartition(".")
     layer = f"{prefix}.layers.{number}"
     if part == _FUSED:
+        blocks = config.num_attention_heads + 2 * config.num_key_value_heads
+        if tensor.dim() == 0 or tensor.shape[0] % blocks:
+            raise ArtefactError(
+                f"{name}: must have rows for {blocks} heads, {got(tuple(tensor.shape))}; get a file that fits the base"
+            )
         split = split_qkv(tensor, config.num_attention_heads, config.num_key_value_heads)
         for own, rows in zip(_QKV, split, strict=True):
             yield f"{layer}.{own}.{kind}", rows
@@ -149,6 +154,21 @@ def to_llama(name: str, tensor: torch.Tensor, config: Any) -> Iterator[tuple[str
         yield f"{layer}.{_LAYER_NAMES[part]}.{kind}", tensor
     else:
         raise ArtefactError(f"base: InternLM2 has no tensor of that name, {got(name)}; get the base model again")
+
+
+def lora_to_llama(name: str, tensor: torch.Tensor, config: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """The LoRA matrices of a Llama that one of InternLM2 (`<layer>.lora_A.weight` or `.lora_B.weight`) holds.
+
+    B has the layer's rows and is split as they are; the three parts of a fused layer share A. Raises ArtefactError for
+    a layer that InternLM2 does not have.
+    """
+    layer, _, matrix = name.removesuffix(".weight").rpartition(".")
+    if matrix == "lora_A" and layer.endswith(_FUSED):
+        parts = [(f"{layer.removesuffix(_FUSED)}{own}.weight", tensor) for own in _QKV]
+    else:
+        parts = list(to_llama(f"{layer}.weight", tensor, config))
+    for own, part in parts:
+        yield f"{own.removesuffix('weight')}{matrix}.weight", part
 
 
 def split_qkv(fused: torch.Tensor, heads: int, kv_heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

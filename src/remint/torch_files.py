@@ -8,15 +8,38 @@ import torch
 from remint.core.errors import ArtefactError, got, listed
 
 
-def load(path: Path) -> Any:
-    """What torch.save wrote, on the CPU, its tensors mapped from the disk. Raises ArtefactError for all but plain data."""
+class Ignored:
+    """What an object of a foreign class is read as: nothing of it is kept, and none of its code is looked for."""
+
+    def __new__(cls, *_: Any) -> "Ignored":
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any):
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+def load(path: Path, ignore_objects: bool = False) -> Any:
+    """What torch.save wrote, on the CPU, its tensors mapped from the disk. Raises ArtefactError for all but plain data.
+
+    A training checkpoint holds objects of the trainer as well: `ignore_objects` reads each as an Ignored.
+    """
     try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if ignore_objects else []
+        with torch.serialization.safe_globals([(Ignored, name) for name in foreign]):
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # a damaged or hostile file may fail anywhere in the reader
-        reason = " ".join(str(error).split())[:200]
         raise ArtefactError(
-            f"{path}: cannot be read as plain tensors ({reason}); get the model's safetensors instead"
+            f"{path}: cannot be read as plain tensors ({_reason(error)}); get the file again, or as safetensors"
         ) from None
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong, without the advice that torch adds: to read the file in the way that runs what it asks for."""
+    first_sentence = str(error.__context__ or error).strip().split(". ")[0]
+    return first_sentence.partition("\n")[0][:200]
 
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:

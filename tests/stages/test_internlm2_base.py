@@ -12,16 +12,15 @@ from tests.internlm2_reference import CONFIG, forward, stage, stage_paths, write
 paths = pytest.fixture(stage_paths)
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "bin"])
 @pytest.mark.parametrize(
-    "changes",
+    ("kind", "changes"),
     [
-        {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
-        {"rope_scaling": {"type": "linear", "factor": 2}, "bias": True},
-        {"tie_word_embeddings": True, "num_key_value_heads": 1},
-        {"num_key_value_heads": 4, "rope_scaling": {"type": "dynamic", "factor": 3.0}, "bias": True},
+        ("safetensors", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}),
+        ("bin", {"rope_scaling": {"type": "dynamic", "factor": 3.0}, "bias": True}),
+        ("safetensors", {"rope_scaling": {"type": "linear", "factor": 2}, "num_key_value_heads": 4, "bias": True}),
+        ("bin", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
     ],
-    ids=["dynamic", "linear, bias", "tied, one head", "dynamic, bias, all heads"],
+    ids=["dynamic", "dynamic, bias", "linear, bias, all heads", "tied, one head"],
 )
 def test_the_logits_are_internlm2s_within_and_beyond_the_trained_length(paths, kind, changes):
     config = {**CONFIG, **changes}
@@ -68,7 +67,10 @@ def put(name, content, **how):
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (lambda name: put(name, {"x": Trap()}), "cannot be read as plain tensors"),
+        (
+            lambda name: put(name, {"x": Trap()}),
+            "cannot be read as plain tensors [(]Unsupported global: GLOBAL getattr was",
+        ),
         (lambda name: put(name, {"x": {"y": 1}}), "'x': must be a plain tensor, got 'dict'"),
         (lambda name: put(name, {"x": torch.eye(2).to_sparse()}), "'x': must be a plain tensor"),
         (lambda name: put(name, {"x": torch.ones(1).expand(10**12)}), "'x': must be a plain tensor"),
