@@ -1,6 +1,6 @@
 # Bare `make` lists the targets. Each makes the environment first if it is not there yet.
 .DEFAULT_GOAL := help
-.PHONY: help setup repro chat ui recipes recipe status metrics plots experiments test test-quick lint format lock clean verify
+.PHONY: help setup repro chat ui recipes recipe status metrics plots experiments test test-quick lint format lock sbom audit clean verify
 
 SHELL := /bin/sh
 VENV := .venv
@@ -8,6 +8,11 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 PORT ?= 5000
 DONE := $(VENV)/.complete
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Tools that look after the lock files have an environment of their own, so that they are no part of what trains.
+TOOLS := .scratch/tools
+COMPILE := $(TOOLS)/bin/uv pip compile --quiet --universal --python-version 3.11 --no-annotate \
+	--custom-compile-command 'make lock' $(if $(UPGRADE),--upgrade)
 
 # The environment's programs come first for everything that a target starts.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -19,12 +24,17 @@ help: ## list the targets
 
 setup: $(DONE) ## make the environment and MLflow's database (done by every target when needed)
 
-$(DONE): docker/requirements.lock pyproject.toml
+$(DONE): docker/requirements.lock docker/torch.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "Python 3.11 or newer is needed, this is %d.%d; say PYTHON=python3.11" % v[:2])'
 	@echo "making the environment in $(VENV); this takes some minutes once"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement docker/requirements.lock
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@# Setuptools first: what has no wheel is built with this one, not with one that pip would fetch unchecked.
+	@sed -n '/^setuptools==/,/[^\\]$$/p' docker/requirements.lock | $(PIP) --require-hashes --no-deps --requirement /dev/stdin
+	@$(PIP) --require-hashes --no-deps --no-build-isolation --requirement docker/requirements.lock
+	@# The build of torch depends on the machine, so no hash can be asked of it.
+	@$(PIP) --requirement docker/torch.lock
+	@$(PIP) --no-deps --no-build-isolation --editable .
+	@$(BIN)/python -m pip check --quiet --disable-pip-version-check
 	@# First use by several processes at once would fail; a server of yours looks after its own database.
 	@[ -n "$${MLFLOW_TRACKING_URI:-}" ] || $(BIN)/mlflow db upgrade sqlite:///$(CURDIR)/mlflow.db >/dev/null 2>&1
 	@touch $(DONE)
@@ -80,12 +90,32 @@ format: $(DONE) ## put the code into the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-lock: ## write docker/requirements.lock anew from pyproject.toml
-	rm -rf .scratch/lock && $(PYTHON) -m venv .scratch/lock
-	.scratch/lock/bin/pip install --quiet --disable-pip-version-check '.[dev]' setuptools
-	(echo "# Every package of the environment, pinned. Made by \`make lock\`; pyproject.toml says what is wanted."; \
-		.scratch/lock/bin/pip freeze --all | grep -v -i -E '^(pip|remint)[= ]' | sed 's/+cpu$$//') > docker/requirements.lock
-	rm -rf .scratch/lock
+$(TOOLS)/.complete: docker/tools.lock
+	@$(PYTHON) -m venv $(TOOLS)
+	@$(TOOLS)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement docker/tools.lock
+	@touch $@
+
+lock: $(TOOLS)/.complete ## write the lock files for pyproject.toml (UPGRADE=1: with the newest versions)
+	@cat docker/requirements.lock docker/torch.lock > .scratch/lock
+	@echo setuptools | $(COMPILE) --extra dev --output-file .scratch/lock pyproject.toml -
+	@# CUDA's packages come with the build of torch that needs them, in the versions that it names.
+	@grep -v -E '^(torch|triton|cuda-[a-z]+|nvidia-[a-z0-9-]+)==' .scratch/lock \
+		| $(COMPILE) --no-deps --generate-hashes --output-file docker/requirements.lock -
+	@grep '^torch==' .scratch/lock | $(COMPILE) --no-deps --output-file docker/torch.lock -
+	@$(COMPILE) --generate-hashes --output-file docker/tools.lock --group pyproject.toml:supply-chain
+
+sbom: $(TOOLS)/.complete ## list the locked packages as CycloneDX in sbom.cdx.json
+	@cat docker/requirements.lock docker/torch.lock | $(TOOLS)/bin/python -W ignore::UserWarning -m cyclonedx_py requirements \
+		--pyproject pyproject.toml --output-reproducible --short-PURLs --output-file sbom.cdx.json -
+
+audit: $(TOOLS)/.complete ## look up known vulnerabilities of the locked packages (asks api.osv.dev)
+	@sed -n 's/ *\\$$//; /^[a-z]/p' docker/requirements.lock docker/torch.lock > .scratch/audit.txt
+	@# Not the package index: a mirror of it may answer without the advisories, which would read like "none known".
+	@if $(TOOLS)/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off --vulnerability-service osv \
+		--requirement .scratch/audit.txt > .scratch/audit.out 2> .scratch/audit.log; then tail -n 1 .scratch/audit.log; \
+	elif [ -s .scratch/audit.out ]; then cat .scratch/audit.out; exit 1; \
+	else echo "error: audit: the vulnerability service gave no answer, so nothing is known;" \
+		"run it where api.osv.dev can be reached, .scratch/audit.log has the cause" >&2; exit 1; fi
 
 clean: ## remove unfinished work and what the tools left; data and experiments stay
-	rm -rf .scratch .pytest_cache .mypy_cache .ruff_cache build src/*.egg-info dvc_plots
+	rm -rf .scratch .pytest_cache .mypy_cache .ruff_cache build src/*.egg-info dvc_plots sbom.cdx.json
