@@ -1,6 +1,6 @@
 # Bare `make` lists the targets. Each makes the environment first if it is not there yet.
 .DEFAULT_GOAL := help
-.PHONY: help setup repro chat ui recipes recipe status metrics plots experiments test test-quick lint format lock sbom audit clean verify
+.PHONY: help setup repro chat ui recipes recipe status metrics plots experiments test test-quick lint format lock sbom audit clean verify sign
 
 SHELL := /bin/sh
 VENV := .venv
@@ -71,8 +71,11 @@ experiments: $(DONE) ## compare experiments in a table
 	@$(BIN)/dvc exp show --only-changed --drop 'base[.]|data/|src/|docker/|conf/' \
 		--drop 'merged[.](control|(maker|leak)_|name$$)'
 
-verify: $(DONE) ## recompute every artefact's checksums
+verify: $(DONE) ## recompute every artefact's checksums, check provenance and signature
 	@$(BIN)/remint verify
+
+sign: $(DONE) ## sign the model with an SSH key (KEY=~/.ssh/id_ed25519)
+	@$(BIN)/remint sign $(KEY)
 
 test: $(DONE) ## the quick suite, then the pipeline end to end on a tiny real model
 	$(BIN)/python -m pytest -q -m "not slow"
@@ -96,12 +99,12 @@ $(TOOLS)/.complete: docker/tools.lock
 	@touch $@
 
 lock: $(TOOLS)/.complete ## write the lock files for pyproject.toml (UPGRADE=1: with the newest versions)
-	@cat docker/requirements.lock docker/torch.lock > .scratch/lock
-	@echo setuptools | $(COMPILE) --extra dev --output-file .scratch/lock pyproject.toml -
+	@cat docker/requirements.lock docker/torch.lock > .scratch/pins
+	@echo setuptools | $(COMPILE) --extra dev --output-file .scratch/pins pyproject.toml -
 	@# CUDA's packages come with the build of torch that needs them, in the versions that it names.
-	@grep -v -E '^(torch|triton|cuda-[a-z]+|nvidia-[a-z0-9-]+)==' .scratch/lock \
+	@grep -v -E '^(torch|triton|cuda-[a-z]+|nvidia-[a-z0-9-]+)==' .scratch/pins \
 		| $(COMPILE) --no-deps --generate-hashes --output-file docker/requirements.lock -
-	@grep '^torch==' .scratch/lock | $(COMPILE) --no-deps --output-file docker/torch.lock -
+	@grep '^torch==' .scratch/pins | $(COMPILE) --no-deps --output-file docker/torch.lock -
 	@$(COMPILE) --generate-hashes --output-file docker/tools.lock --group pyproject.toml:supply-chain
 
 sbom: $(TOOLS)/.complete ## list the locked packages as CycloneDX in sbom.cdx.json

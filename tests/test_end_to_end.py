@@ -1,5 +1,6 @@
 """The pipeline as a user runs it, on a tiny real model, in a repository of its own."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -154,6 +155,35 @@ def test_it_leaves_whole_artefacts_and_a_report(built):
     assert rows[0] == "step,loss,held_out_loss,lr"
     assert len(rows) > 5
     assert "states its name" in built.run("docker/run", "python", "-m", "remint", "summary")
+
+
+def test_the_model_says_what_it_was_made_from(built):
+    text = (built.root / "data/model/provenance.json").read_text(encoding="utf-8")
+    assert str(built.root) not in text
+    used = json.loads(text)["predicate"]["buildDefinition"]["resolvedDependencies"]
+    files = {entry["name"]: entry["digest"]["sha256"] for entry in used if entry["annotations"]["role"] != "base"}
+    artefacts = {f"data/{name}/manifest.json" for name in ("dataset", "base", "checkpoint", "adapter")}
+    assert {*artefacts, "docker/requirements.lock", "src/remint/stages/train/run.py"} <= files.keys()
+    for name, sha256 in files.items():
+        assert hashlib.sha256((built.root / name).read_bytes()).hexdigest() == sha256, name
+    whole = built.bytes("model")
+    built.run("docker/run", "python", "-m", "remint", "merge")
+    assert built.bytes("model") == whole
+
+
+def test_a_signature_leaves_the_model_as_it_is_and_counts_from_a_trusted_key_alone(built):
+    whole = built.bytes("model")
+    built.run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", ".scratch/key")
+    built.run("docker/run", "python", "-m", "remint", "sign", ".scratch/key")
+    assert "conf/allowed_signers: missing" in built.run("docker/run", "python", "-m", "remint", "verify", status=1)
+    signers = built.root / "conf/allowed_signers"
+    signers.write_text(f"ada {(built.root / '.scratch/key.pub').read_text(encoding='utf-8')}", encoding="utf-8")
+    said = built.run("docker/run", "python", "-m", "remint", "verify")
+    assert "signed by ada" in said
+    assert said.count("as recorded") == 6
+    assert built.bytes("model") == whole
+    (built.root / "data/model.sig").unlink()
+    signers.unlink()
 
 
 def test_a_second_run_and_a_comment_run_nothing(built):

@@ -21,6 +21,7 @@ ABOVE = {
     "served.py",
     "export.py",
     "import_adapter.py",
+    "signature.py",
     "summary.py",
     "fingerprint.py",
     "process.py",

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 
 from remint.core.errors import RemintError, Stopped
 
@@ -14,7 +15,8 @@ _COMMANDS = {
     "import-adapter": "turn an adapter that XTuner trained for InternLM2 into one for the base",
     "sync": "write the pipeline's present state to MLflow as one run",
     "summary": "say what was built, how well, and what to type next",
-    "verify": "recompute the checksums of every artefact",
+    "verify": "recompute the checksums of every artefact, check provenance and signature",
+    "sign": "sign the merged model with an SSH key",
     "recipes": "list the ready-made params.yaml files",
     "recipe": "put one of them in place",
 }
@@ -58,7 +60,16 @@ def _dispatch(name: str, rest: Sequence[str]) -> int:
         argparse.ArgumentParser(prog=f"remint {name}", description=f"This will {_COMMANDS[name]}.").parse_args(rest)
         getattr(import_module("remint.tracking" if name == "sync" else "remint.summary"), name)()
         return 0
+    if name == "sign":
+        return _sign(rest)
     return run_stage(name, rest)
+
+
+def _sign(rest: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="remint sign", description="Sign the merged model with an SSH key.")
+    parser.add_argument("key", type=Path, metavar="KEY", help="private key, like ~/.ssh/id_ed25519")
+    import_module("remint.signature").sign(parser.parse_args(rest).key)
+    return 0
 
 
 def run_stage(stage: str, rest: Sequence[str]) -> int:
@@ -85,6 +96,8 @@ def run_stage(stage: str, rest: Sequence[str]) -> int:
     key = fingerprint.of_stage(stage, raw)
     if "fingerprint" in run.__annotations__:
         arguments["fingerprint"] = key
+    if "dependencies" in run.__annotations__:
+        arguments["dependencies"] = fingerprint.dependencies(stage, raw.paths)
     if os.environ.get("DVC_STAGE"):  # set by DVC for what it starts
         import_module("remint.process").end_with_parent()
     with import_module("remint.tracking").stage_run(stage, key, raw) as log:

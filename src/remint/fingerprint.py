@@ -1,6 +1,5 @@
 """One value that stands for everything a stage's result is made from: settings, code, inputs."""
 
-import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,11 +28,11 @@ def stages() -> list[str]:
 
 
 def dependencies(stage: str, places: Mapping[str, str]) -> dict[str, str]:
-    """Each declared dependency of a stage with a digest of its content; an artefact's manifest stands for it.
+    """sha256 (hex) of every file that dvc.yaml declares for a stage; an artefact's manifest stands for all of it.
 
     `places` are the run's own `paths`, which a command line may have changed.
     """
-    return {str(path): _content(path) for path in declared(stage, places)}
+    return {file.as_posix(): file_digest(file) for path in declared(stage, places) for file in _files(path)}
 
 
 def declared(stage: str, places: Mapping[str, str] | None = None) -> list[Path]:
@@ -50,13 +49,11 @@ def _filled(entry: str, places: Mapping[str, str]) -> str:
     return re.sub(r"\$\{paths\.(\w+)\}", lambda match: str(places[match[1]]), entry)
 
 
-def _content(path: Path) -> str:
+def _files(path: Path) -> list[Path]:
     if (path / NAME).is_file():
-        return file_digest(path / NAME)
+        return [path / NAME]
     if path.is_file():
-        return file_digest(path)
+        return [path]
     if not path.is_dir():
         raise SettingsError(f"{PIPELINE}: a dependency is missing, {got(str(path))}; run `dvc repro`, which makes it")
-    files = (file for file in sorted(path.rglob("*")) if file.is_file() and "__pycache__" not in file.parts)
-    lines = [f"{file.relative_to(path).as_posix()} {file_digest(file)}" for file in files]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return [file for file in sorted(path.rglob("*")) if file.is_file() and "__pycache__" not in file.parts]

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from remint import manifest
+from remint import manifest, provenance, signature
 from remint.core.config import load_yaml
 from remint.core.errors import RemintError
 from remint.core.paths import PARAMS
@@ -42,13 +42,19 @@ def rows(metrics: Mapping[str, Any], merged: Mapping[str, float]) -> list[tuple[
 
 
 def verify() -> None:
-    """Recompute the checksums of every artefact. Raises RemintError naming each file that differs."""
+    """Recompute the checksums of every artefact, and check the model's provenance and, if it has one, its signature.
+
+    Raises RemintError naming each file that differs.
+    """
     faults: list[str] = []
     for name, place in load_yaml(PARAMS)["paths"].items():
         if name not in KINDS:
             continue
         try:
             manifest.verify(Path(place), name)
+            if name == "model":
+                provenance.verify(Path(place))
+                signature.verify(Path(place))
             print(f"{place}: as recorded")
         except RemintError as error:
             faults += error.faults

@@ -167,7 +167,7 @@ def paths(tmp_path, tiny, monkeypatch):
 
 
 def train(paths, log=silent, **changes):
-    run.run(7, Runtime(2, True), settings(**changes), paths, log, "f" * 64)
+    run.run(7, Runtime(2, True), settings(**changes), paths, log, "f" * 64, {"code.py": "c" * 64})
     return {
         str(p.relative_to(paths.checkpoint)): p.read_bytes() for p in sorted(paths.checkpoint.rglob("*")) if p.is_file()
     }

@@ -25,7 +25,7 @@ from remint.core.errors import SettingsError, got
 from remint.core.paths import CONF, PARAMS
 
 # Arguments of `run` that are not settings of the stage itself.
-_SUPPLIED = ("log", "fingerprint", "return")
+_SUPPLIED = ("log", "fingerprint", "dependencies", "return")
 
 
 @dataclass(frozen=True)

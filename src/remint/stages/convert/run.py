@@ -1,5 +1,7 @@
 """Turn one checkpoint into a standard PEFT adapter, which plain peft loads."""
 
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from remint import adapter, chat, manifest, modeling, shards
@@ -13,7 +15,7 @@ from remint.stages.convert.settings import Convert
 _TENSORS, _PREFIX = "state.safetensors", "adapter."
 
 
-def run(convert: Convert, paths: Paths, log: Log) -> None:
+def run(convert: Convert, paths: Paths, log: Log, dependencies: Mapping[str, str]) -> None:
     """Make the artefact `adapter`: adapter_model.safetensors, its config, template, model card, manifest."""
     facts = manifest.verify(paths.checkpoint, "checkpoint")
     manifest.verify(paths.base, "base")
@@ -29,12 +31,14 @@ def run(convert: Convert, paths: Paths, log: Log) -> None:
     adapter.check(
         {name: tuple(t.shape) for name, t in tensors.items()}, shards.shapes(paths.base), lora, paths.checkpoint
     )
+    here = {"settings": {"convert": asdict(convert)}, "dependencies": dict(dependencies)}
     with manifest.artefact(paths.adapter, "adapter") as (draft, made):
         adapter.write(tensors, lora, facts["origin"]["base_name"], draft)
         chat.load(paths.checkpoint).save(draft)
         (draft / "README.md").write_text(card(facts, step), encoding="utf-8")
         made.update(
             origin=facts["origin"],
+            made_by={**facts["made_by"], "convert": here},
             step=step,
             lora=facts["lora"],
             quantization=facts["quantization"],

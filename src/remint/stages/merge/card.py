@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from remint import provenance
 from remint.stages.merge.proof import Closeness
 
 
@@ -27,4 +28,6 @@ renders prompts as they were in training.
 The adapter{step} was merged into the {merge["into"]} base. On {proof.positions} positions of held-out
 conversations the merged model makes the same first choice as base + adapter in {proof.agreement:.2%}, with a mean divergence
 of {proof.mean_divergence:.2e} nats and a largest logit difference of {proof.max_logit_difference:.3g}.
+
+`{provenance.NAME}` names every file and setting that it was made from (in-toto statement, SLSA provenance).
 """

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from remint import adapter, chat, determinism, manifest, modeling, shards
+from remint import adapter, chat, determinism, manifest, modeling, provenance, shards
 from remint.core.config import Runtime
 from remint.core.errors import ArtefactError
 from remint.core.log import Log
@@ -25,24 +26,26 @@ _COPIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer
 _PROOF_DOCUMENTS = 16
 
 
-def run(runtime: Runtime, merge: Merge, paths: Paths, log: Log) -> None:
-    """Make the artefact `model`: merged safetensors, config, tokenizer, template, model card, manifest with the proof."""
+def run(runtime: Runtime, merge: Merge, paths: Paths, log: Log, dependencies: Mapping[str, str]) -> None:
+    """Make the artefact `model`: merged safetensors, config, tokenizer, template, card, provenance, manifest with the proof."""
     determinism.apply(runtime)
     base = manifest.verify(paths.base, "base")
     facts = manifest.verify(paths.adapter, "adapter")
-    manifest.verify(paths.dataset, "dataset")
+    dataset = manifest.verify(paths.dataset, "dataset")
     if facts["origin"]["base"] != manifest.identity(paths.base, "base"):
         raise ArtefactError(f"{paths.adapter}: was made for another base than {paths.base}; run `dvc repro`")
     tensors, lora = adapter.read(paths.adapter)
     adapter.check({name: tuple(t.shape) for name, t in tensors.items()}, shards.shapes(paths.base), lora, paths.adapter)
     dtype = None if merge.dtype == "base" else modeling.DTYPES[merge.dtype]
     quantization = Quantization(**facts["quantization"]) if merge.into == "dequantized" else None
+    here = {"settings": {"runtime": asdict(runtime), "merge": asdict(merge)}, "dependencies": dict(dependencies)}
     with manifest.artefact(paths.model, "model") as (draft, made):
         size = write_merged(paths.base, tensors, lora, quantization, dtype, draft)
         _copy_frame(paths, draft, merge.dtype)
         proof = _prove(paths, draft, quantization)
         _judge(proof, merge, paths.model)
         (draft / "README.md").write_text(card(facts, base, asdict(merge), proof), encoding="utf-8")
+        provenance.write(draft, base, dataset, {**facts["made_by"], "merge": here})
         made.update(
             origin=facts["origin"],
             license=base["license"],

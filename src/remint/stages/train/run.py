@@ -5,7 +5,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,15 @@ from remint.stages.train.session import Session
 from remint.stages.train.settings import Train
 
 
-def run(seed: int, runtime: Runtime, train: Train, paths: Paths, log: Log, fingerprint: str) -> None:
+def run(
+    seed: int,
+    runtime: Runtime,
+    train: Train,
+    paths: Paths,
+    log: Log,
+    fingerprint: str,
+    dependencies: Mapping[str, str],
+) -> None:
     """Make the artefact `checkpoint`: the last and the best resumable steps, history, samples, template, manifest."""
     determinism.apply(runtime)
     origin = {
@@ -35,6 +43,8 @@ def run(seed: int, runtime: Runtime, train: Train, paths: Paths, log: Log, finge
         "base_name": manifest.verify(paths.base, "base")["name"],
         "base": manifest.identity(paths.base, "base"),
     }
+    settings = {"seed": seed, "runtime": asdict(runtime), "train": asdict(train)}
+    made_by = {"train": {"settings": settings, "dependencies": dict(dependencies)}}
     with _only_writer(SCRATCH / "train" / fingerprint, train.resume) as scratch, loop.stop_signals() as signals:
         session = _open(seed, train, paths, log, scratch / "steps", signals, fingerprint)
         done = session.restore()
@@ -43,7 +53,7 @@ def run(seed: int, runtime: Runtime, train: Train, paths: Paths, log: Log, finge
             session.model, session.optimizer, session.scheduler, session.batches(done), train, seed, session.record
         )
         session.end()
-        _publish(session, paths.checkpoint, origin)
+        _publish(session, paths.checkpoint, origin, made_by)
     shutil.rmtree(scratch)
     best = session.recorded
     print(
@@ -121,7 +131,7 @@ def _only_writer(scratch: Path, resume: bool) -> Iterator[Path]:
         yield scratch
 
 
-def _publish(session: Session, target: Path, origin: dict[str, Any]) -> None:
+def _publish(session: Session, target: Path, origin: dict[str, Any], made_by: dict[str, Any]) -> None:
     """Turn what the run has saved into the artefact; the steps are linked, not copied, where the disk allows it."""
     recorded = session.recorded
     with manifest.artefact(target, "checkpoint") as (draft, facts):
@@ -134,6 +144,7 @@ def _publish(session: Session, target: Path, origin: dict[str, Any]) -> None:
         session.conversation.save(draft)
         facts.update(
             origin=origin,
+            made_by=made_by,
             steps={"last": session.plan.steps, "best": recorded.best_step, "kept": checkpoint.saved_steps(draft)},
             best_held_out_loss=recorded.best_loss,
             lora=asdict(session.train.lora),
