@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from remint.core.errors import ArtefactError, listed
+from remint.core.errors import ArtefactError, got, listed
 
 NAME = "manifest.json"
-_FORMAT = 1
+_FORMAT = 2
 
 
 def dump_json(content: object) -> str:
@@ -64,14 +64,17 @@ def artefact(target: Path, kind: str) -> Iterator[tuple[Path, dict[str, Any]]]:
 
 
 def write(folder: Path, kind: str, facts: Mapping[str, Any]) -> None:
-    """Write the folder's manifest: its kind, its facts, and size and sha256 of every file in it."""
-    files = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_digest(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path != folder / NAME
-    }
+    """Write the folder's manifest: its kind, its facts, size and sha256 of every file in it, and its own sha256."""
+    files = {name: found for name, found in inventory(folder).items() if name != NAME}
     content = {"format": _FORMAT, "kind": kind, "facts": dict(facts), "files": files}
-    (folder / NAME).write_text(dump_json(content), encoding="utf-8")
+    (folder / NAME).write_text(dump_json(content | {"sha256": digest(content)}), encoding="utf-8")
+
+
+def inventory(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of every file under a folder, by its name from there: {'bytes': …, 'sha256': …}."""
+    return {
+        path.relative_to(folder).as_posix(): _described(path) for path in sorted(folder.rglob("*")) if path.is_file()
+    }
 
 
 def read(folder: Path, kind: str) -> dict[str, Any]:
@@ -94,18 +97,24 @@ def identity(folder: Path, kind: str) -> str:
 
 
 def differences(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """Say for each file how it differs from what is recorded: missing, other size, other content, not recorded."""
+    """Say for each file how it differs from what is recorded: missing, other content, not recorded."""
     for name, recorded in files.items():
         path = folder / name
         if not path.is_file():
-            yield f"{path}: missing"
-        elif path.stat().st_size != recorded["bytes"]:
-            yield f"{path}: {path.stat().st_size} bytes, recorded {recorded['bytes']}"
-        elif file_digest(path) != recorded["sha256"]:
-            yield f"{path}: content differs from the recorded sha256 {recorded['sha256'][:12]}…"
-    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    for name in sorted(present - set(files) - {NAME}):
-        yield f"{folder / name}: is not part of the artefact"
+            yield f"{path}: missing, recorded are {_told(recorded)}"
+        elif (found := _described(path)) != recorded:
+            yield f"{path}: content differs, {_told(found)} instead of {_told(recorded)}"
+    present = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    for name in sorted(present.keys() - set(files) - {NAME}):
+        yield f"{folder / name}: is not part of the artefact, {_told(_described(present[name]))}"
+
+
+def _described(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+
+
+def _told(facts: Mapping[str, Any]) -> str:
+    return f"{facts['bytes']} bytes of sha256 {facts['sha256'][:12]}…"
 
 
 def _load(folder: Path, kind: str) -> dict[str, Any]:
@@ -116,15 +125,21 @@ def _load(folder: Path, kind: str) -> dict[str, Any]:
     except ValueError as error:
         raise ArtefactError(f"{folder / NAME}: unreadable ({error}); make it again with `dvc repro`") from None
     if not isinstance(content, dict) or content.get("format") != _FORMAT or content.get("kind") != kind:
-        found = content.get("kind") if isinstance(content, dict) else content
-        raise ArtefactError(f"{folder}: must be a {kind} of format {_FORMAT}, got {found!r}; make it with `dvc repro`")
+        found = f"{content.get('kind')} of format {content.get('format')}" if isinstance(content, dict) else content
+        raise ArtefactError(f"{folder}: must be a {kind} of format {_FORMAT}, {got(found)}; make it with `dvc repro`")
+    recorded = content.pop("sha256", None)
+    if digest(content) != recorded:
+        raise ArtefactError(
+            f"{folder / NAME}: content differs, sha256 {digest(content)[:12]}… instead of {str(recorded)[:12]}…; "
+            "make it again with `dvc repro`"
+        )
     return content
 
 
 def _sync_tree(folder: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
-        if path.is_file():
-            path.chmod(0o644)  # safetensors writes files that only their owner may read
+        # Safetensors writes files that only their owner may read; folders would be as the user's umask is.
+        path.chmod(0o755 if path.is_dir() else 0o644)
         sync(path)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from remint import manifest
 from remint.chat import Conversation
 from remint.core.config import Runtime
-from remint.core.errors import ArtefactError, RemintError
+from remint.core.errors import ArtefactError, RemintError, Stopped
 from remint.core.log import silent
 from remint.core.paths import Paths
 from remint.modeling import Lora, Quantization
@@ -85,8 +86,10 @@ def test_a_resumed_plan_goes_on_where_it_was():
     assert torch.equal(whole[4]["input_ids"], rest[0]["input_ids"])
 
 
-def test_steps_are_counted_in_groups():
-    assert Plan([[[0]]] * 7, 3).steps == 3
+def test_steps_are_counted_in_groups_and_nothing_is_left_after_the_last():
+    plan = Plan([[[0]]] * 7, 3)
+    assert plan.steps == 3
+    assert [len(Batches([], plan, done)) for done in range(4)] == [7, 4, 1, 0]
 
 
 def saved(root, *steps):
@@ -195,10 +198,47 @@ def test_a_run_killed_at_any_step_ends_in_the_same_bytes(paths, monkeypatch):
         assert train(paths, epochs=3) == whole
 
 
+def test_a_run_stopped_by_a_signal_at_any_step_ends_in_the_same_bytes(paths, monkeypatch):
+    often = {"epochs": 3, "save_steps": 5, "eval_steps": 100}
+    whole = train(paths, **often)
+    last = json.loads(whole["manifest.json"])["facts"]["steps"]["last"]
+    assert last > 6  # so a stop at the last step but one saves a step that is not due
+    record = session.Session.record
+    for moment in (1, last - 1):
+
+        def signalled(self, finished, moment=moment):
+            if finished.step == moment:
+                self.signals.append(signal.SIGTERM)
+            record(self, finished)
+
+        with monkeypatch.context() as patch, pytest.raises(Stopped, match=f"stopped after step {moment};") as stopped:
+            patch.setattr(session.Session, "record", signalled)
+            train(paths, **often)
+        assert stopped.value.status == 143
+        assert train(paths, **often) == whole
+
+
+def test_a_kept_checkpoint_that_was_damaged_becomes_no_part_of_the_artefact(paths, monkeypatch):
+    def spoil(self):
+        oldest = checkpoint.saved_steps(self.store)[0]
+        state = self.store / checkpoint.folder_name(oldest) / "state.safetensors"
+        state.write_bytes(state.read_bytes()[:-1] + b"?")
+
+    monkeypatch.setattr(session.Session, "end", spoil)
+    with pytest.raises(ArtefactError, match=r"state\.safetensors: content differs, .*; remove .*steps to start anew"):
+        train(paths)
+    assert not paths.checkpoint.exists()
+
+
 def test_how_often_it_is_watched_changes_no_weight(paths):
     often, seldom = train(paths, eval_steps=1, save_steps=1), train(paths, eval_steps=100, save_steps=100)
     last = max(name for name in often if name.endswith("state.safetensors"))
     assert often[last] == seldom[last]
+
+
+def test_recomputed_activations_give_the_same_bytes(paths):
+    plain, recomputed = train(paths), train(paths, gradient_checkpointing=True)
+    assert recomputed == plain
 
 
 def test_four_bit_memory_gives_the_same_weights_as_dequantized_once(paths):

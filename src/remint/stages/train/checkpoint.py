@@ -40,7 +40,10 @@ def saved_steps(root: Path) -> list[int]:
 
 
 def save(root: Path, checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:
-    """Write one checkpoint: it appears whole under its final name or not at all. Raises ArtefactError on a full disk."""
+    """Write one checkpoint, once a step: it appears whole under its final name or not at all.
+
+    Raises ArtefactError on a full disk.
+    """
     root.mkdir(parents=True, exist_ok=True)
     tensors = save_tensors(
         {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(checkpoint.tensors.items())}
@@ -58,9 +61,7 @@ def save(root: Path, checkpoint: Checkpoint, identity: Mapping[str, Any]) -> Non
         manifest.write(draft, KIND, {"step": checkpoint.step, "identity": dict(identity)})
         for path in [*draft.iterdir(), draft]:
             manifest.sync(path)
-        final = root / folder_name(checkpoint.step)
-        shutil.rmtree(final, ignore_errors=True)
-        draft.rename(final)
+        draft.rename(root / folder_name(checkpoint.step))
         manifest.sync(root)
     except OSError as error:
         shutil.rmtree(draft, ignore_errors=True)
@@ -77,6 +78,24 @@ def prune(root: Path, keep: set[int]) -> None:
             shutil.rmtree(hidden, ignore_errors=True)
             (root / folder_name(step)).rename(hidden)
             shutil.rmtree(hidden)
+
+
+def discard(root: Path) -> None:
+    """Remove all checkpoints at once: hidden first, for half of them would look damaged to the next start."""
+    hidden = root.with_name(f".{root.name}.removed")
+    shutil.rmtree(hidden, ignore_errors=True)
+    if root.exists():
+        root.rename(hidden)
+        shutil.rmtree(hidden)
+
+
+def check(root: Path) -> None:
+    """Raise ArtefactError if any checkpoint is damaged, also one that no run continues from any more."""
+    try:
+        for step in saved_steps(root):
+            manifest.verify(root / folder_name(step), KIND)
+    except ArtefactError as error:
+        raise ArtefactError(f"{error.faults[0].partition(';')[0]}; remove {root} to start anew") from None
 
 
 def load(folder: Path) -> Checkpoint:

@@ -63,7 +63,8 @@ class Batches(Dataset[Batch]):
         self._documents, self.plan, self.first_step = documents, plan, first_step
 
     def __len__(self) -> int:
-        return len(self.plan.micro_batches) - self.first_step * self.plan.accumulation
+        # The last step may be smaller than the others: after it, nothing is left rather than less than nothing.
+        return max(0, len(self.plan.micro_batches) - self.first_step * self.plan.accumulation)
 
     def __getitem__(self, index: int) -> Batch:
         position = self.first_step * self.plan.accumulation + index

@@ -54,6 +54,7 @@ def run(
         )
         session.end()
         _publish(session, paths.checkpoint, origin, made_by)
+        checkpoint.discard(session.store)
     shutil.rmtree(scratch)
     best = session.recorded
     print(
@@ -127,13 +128,14 @@ def _only_writer(scratch: Path, resume: bool) -> Iterator[Path]:
                 f"{scratch}: another process is training this very run; wait for it or end it"
             ) from None
         if not resume:
-            shutil.rmtree(scratch / "steps", ignore_errors=True)
+            checkpoint.discard(scratch / "steps")
         yield scratch
 
 
 def _publish(session: Session, target: Path, origin: dict[str, Any], made_by: dict[str, Any]) -> None:
     """Turn what the run has saved into the artefact; the steps are linked, not copied, where the disk allows it."""
     recorded = session.recorded
+    checkpoint.check(session.store)
     with manifest.artefact(target, "checkpoint") as (draft, facts):
         for step in checkpoint.saved_steps(session.store):
             name = checkpoint.folder_name(step)

@@ -113,15 +113,11 @@ class Session:
         self.bar.update()
         self.log({"tokens_per_second": speed}, finished.step)
         last = finished.step == self.plan.steps
-        if last or finished.step % self.train.eval_steps == 0:
-            self._measure(row)
+        (self._measure if last or finished.step % self.train.eval_steps == 0 else self._note)(row)
+        stopping = bool(self.signals) and not last
+        if stopping or self._is_due(finished.step):
             self._save(finished.step)
-        else:
-            self._note(row)
-            if self.signals or finished.step % self.train.save_steps == 0:
-                self._save(finished.step)
-        if self.signals and not last:
-            self._save(finished.step)
+        if stopping:
             raise Stopped(
                 f"train: stopped after step {finished.step}; the same command continues there", 128 + self.signals[0]
             )
@@ -156,11 +152,16 @@ class Session:
             self.recorded.samples.append({"step": step, "prompt": prompt, "answer": answer})
             tqdm.write(f"  {prompt}\n    {' '.join(answer.split())}")
 
+    def _is_due(self, step: int) -> bool:
+        """Whether a run that nobody stops would save this step."""
+        return step == self.plan.steps or not step % self.train.eval_steps or not step % self.train.save_steps
+
     def _save(self, step: int) -> None:
         adapter = get_peft_model_state_dict(self.model.model)
         tensors = {f"adapter.{name}": tensor for name, tensor in adapter.items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{key}": tensor for key, tensor in state.items()}
         checkpoint.save(self.store, Checkpoint(step, tensors, vars(self.recorded)), self.identity)
-        newest = checkpoint.saved_steps(self.store)[-self.train.keep_checkpoints :]
-        checkpoint.prune(self.store, {*newest, self.recorded.best_step or step})
+        # What is kept must not tell where a run was stopped: it becomes part of the artefact.
+        newest = [saved for saved in checkpoint.saved_steps(self.store) if self._is_due(saved)]
+        checkpoint.prune(self.store, {*newest[-self.train.keep_checkpoints :], step, self.recorded.best_step or step})

@@ -1,0 +1,80 @@
+"""A simulated crash in the middle of file-system work: at the n-th operation the process does nothing any more.
+
+Python announces what it is about to do with files to an audit hook, wherever in the standard library it is done; only
+fsync is announced by nobody and wrapped here. After the crash every file whose bytes were not yet forced to the disk
+loses its second half, as after a power cut.
+"""
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+_CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.link", "os.truncate", "open"}
+_active = None
+
+
+class Crash(BaseException):
+    """Nobody catches it, as nobody outlives a kill."""
+
+
+class _Disk:
+    def __init__(self, root, at):
+        self.root, self.at, self.done, self.safe = root, at, 0, {_inode(path) for path in _files(root)}
+
+    def operation(self):
+        """One more change is about to be made; after the crash there are no more, not even those of `finally`."""
+        self.done += 1
+        if self.done >= self.at:
+            raise Crash
+
+    def lose_what_was_not_synced(self):
+        for path in _files(self.root):
+            if _inode(path) not in self.safe:
+                os.truncate(path, path.stat().st_size // 2)
+
+
+def _files(root):
+    return [path for path in root.rglob("*") if path.is_file()]
+
+
+def _inode(path):
+    facts = path.stat()
+    return facts.st_dev, facts.st_ino
+
+
+def _hook(event, arguments):
+    if _active is None or event not in _CHANGES:
+        return
+    if event == "open" and not (isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)):
+        return
+    # rmtree names what it removes from inside the folder that it has opened, so relative names are of this root as well.
+    path = Path(arguments[0])
+    if path.is_relative_to(_active.root) or not path.is_absolute():
+        _active.operation()
+
+
+sys.addaudithook(_hook)
+
+
+@contextlib.contextmanager
+def crashing(root, at, monkeypatch):
+    """Crash at the `at`-th change under `root`; gives an object whose `done` counts them. Swallows the crash."""
+    global _active
+    disk = _Disk(root, at)
+
+    def synced(descriptor):
+        disk.operation()
+        facts = os.fstat(descriptor)
+        disk.safe.add((facts.st_dev, facts.st_ino))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", synced)
+        _active = disk
+        try:
+            yield disk
+        except Crash:
+            _active = None
+            disk.lose_what_was_not_synced()
+        finally:
+            _active = None
