@@ -1,13 +1,19 @@
 """Make torch compute the same bits every time, and say under which conditions it did."""
 
 import hashlib
+import os
 import platform
 import random
+from importlib.metadata import version
 
 import numpy as np
 import torch
 
+from remint.core import launch
 from remint.core.config import Runtime
+
+# What computes besides torch: another version may round elsewhere.
+_LIBRARIES = ("bitsandbytes", "numpy", "peft", "transformers")
 
 
 def apply(runtime: Runtime) -> None:
@@ -19,6 +25,7 @@ def apply(runtime: Runtime) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.benchmark = False
+    torch.backends.cuda.enable_cudnn_sdp(False)  # chosen by driver and heuristics; the other back ends are torch's own
 
 
 def seed_step(seed: int, purpose: str, step: int) -> None:
@@ -38,10 +45,13 @@ def conditions(device: torch.device) -> dict[str, str | int]:
     facts: dict[str, str | int] = {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
         "device": device.type,
         "machine": platform.machine(),
         "kernels": torch.backends.cpu.get_cpu_capability(),
     }
+    facts |= {name: version(name) for name in _LIBRARIES}
+    facts |= {name: os.environ.get(name, "") for name in launch.NUMERIC}
     if device.type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(device)
         facts["cuda"] = str(torch.version.cuda)

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Mapping
 
 _AVX2_ONLY = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "AVX2,STRICT", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+# Those of the block below that decide how a number is rounded or in which order things are met: part of a result's origin.
+NUMERIC = (*_AVX2_ONLY, "CUBLAS_WORKSPACE_CONFIG", "FLASH_ATTENTION_DETERMINISTIC", "PYTHONHASHSEED")
 
 
 def environment(threads: int, network: bool) -> dict[str, str]:
