@@ -1,6 +1,6 @@
 # Bare `make` lists the targets. Each makes the environment first if it is not there yet.
 .DEFAULT_GOAL := help
-.PHONY: help setup repro chat ui recipes recipe status metrics plots experiments test test-quick lint format lock sbom audit clean verify sign
+.PHONY: help setup repro chat ui recipes recipe status metrics plots experiments test test-quick lint format lock sbom audit clean verify reproduce sign
 
 SHELL := /bin/sh
 VENV := .venv
@@ -73,6 +73,9 @@ experiments: $(DONE) ## compare experiments in a table
 
 verify: $(DONE) ## recompute every artefact's checksums, check provenance and signature
 	@$(BIN)/remint verify
+
+reproduce: $(DONE) ## rebuild the last commit elsewhere, compare every byte (TIMES=2, VARY=1: in other surroundings)
+	@$(BIN)/remint reproduce $(if $(TIMES),--times $(TIMES)) $(if $(VARY),--vary)
 
 sign: $(DONE) ## sign the model with an SSH key (KEY=~/.ssh/id_ed25519)
 	@$(BIN)/remint sign $(KEY)

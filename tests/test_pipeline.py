@@ -23,6 +23,8 @@ ABOVE = {
     "import_adapter.py",
     "signature.py",
     "summary.py",
+    "reproduce.py",
+    "rebuild.py",
     "fingerprint.py",
     "process.py",
     "__main__.py",

