@@ -47,6 +47,15 @@ def test_a_variable_that_changes_numbers_is_part_of_the_conditions(name, monkeyp
     assert determinism.conditions(CPU) != before
 
 
+@pytest.mark.parametrize(
+    ("cpuinfo", "vendor"),
+    [("processor\t: 0\nvendor_id\t: GenuineIntel\nmodel\t: 1\n", "GenuineIntel"), ("CPU implementer\t: 0x41\n", "")],
+)
+def test_the_maker_of_the_cpu_is_part_of_the_conditions(cpuinfo, vendor, monkeypatch):
+    monkeypatch.setattr(determinism.Path, "read_text", lambda self, encoding: cpuinfo)
+    assert determinism.conditions(CPU)["vendor"] == vendor
+
+
 def test_the_variables_do_not_depend_on_those_of_the_user(monkeypatch):
     block = launch.environment(2, network=False)
     for name in block:

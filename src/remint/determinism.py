@@ -5,6 +5,7 @@ import os
 import platform
 import random
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -49,6 +50,7 @@ def conditions(device: torch.device) -> dict[str, str | int]:
         "device": device.type,
         "machine": platform.machine(),
         "kernels": torch.backends.cpu.get_cpu_capability(),
+        "vendor": _cpu_vendor(),
     }
     facts |= {name: version(name) for name in _LIBRARIES}
     facts |= {name: os.environ.get(name, "") for name in launch.NUMERIC}
@@ -56,3 +58,12 @@ def conditions(device: torch.device) -> dict[str, str | int]:
         facts["gpu"] = torch.cuda.get_device_name(device)
         facts["cuda"] = str(torch.version.cuda)
     return facts
+
+
+def _cpu_vendor() -> str:
+    """Who made the CPU, '' where nothing says so: MKL multiplies matrices by other kernels on AMD's than on Intel's."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")

@@ -31,7 +31,8 @@ def environment(threads: int, network: bool) -> dict[str, str]:
         "TZ": "UTC",
         "LC_ALL": "C.UTF-8",
     }
-    # One instruction set for all x86 machines: AVX2 and AVX-512 kernels round differently.
+    # One instruction set for all x86 machines: AVX2 and AVX-512 kernels round differently. MKL obeys on Intel's CPUs; on
+    # AMD's it has kernels of its own, which do not change with the instruction set.
     return block | (_AVX2_ONLY if platform.machine() in ("x86_64", "AMD64") else {})
 
 
