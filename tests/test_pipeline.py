@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from remint import fingerprint
+from remint import fingerprint, manifest, summary
 from remint.core import config
+from remint.core.errors import ArtefactError, RemintError
+from remint.core.log import silent
 
 ROOT = Path(__file__).parents[1]
 SRC = ROOT / "src"
@@ -88,6 +90,48 @@ def test_a_stage_is_told_exactly_the_settings_that_dvc_tracks_for_it(stage, in_r
     files = {key for entry in STAGES[stage]["params"] if isinstance(entry, dict) for key in entry}
     assert sections == wanted
     assert files == {f"conf/{name}/${{{name}}}.yaml" for name in wanted if (ROOT / "conf" / name).is_dir()}
+
+
+READS = [(stage, dep[8:-1]) for stage in STAGES for dep in STAGES[stage]["deps"] if dep.startswith("${paths.")]
+
+
+@pytest.fixture
+def artefacts(tmp_path):
+    """One of each kind, of a single file, with the facts that a stage asks for before it has checked them all."""
+    for kind in summary.KINDS:
+        with manifest.artefact(tmp_path / f"data/{kind}", kind) as (draft, facts):
+            (draft / "file").write_text("whole")
+            facts |= {"name": "A", "identity": {"name": "A", "maker": "B", "name_zh": None, "maker_zh": None}}
+    return tmp_path
+
+
+@pytest.mark.parametrize(("stage", "kind"), [(stage, kind) for stage, kind in READS if kind != "source"])
+def test_a_stage_refuses_a_damaged_artefact_before_it_does_anything(stage, kind, artefacts, in_root, monkeypatch):
+    run = import_module(f"remint.stages.{stage}.run").run
+    arguments = config.compose(run) | {"log": silent}
+    if "fingerprint" in run.__annotations__:
+        arguments["fingerprint"] = "f" * 64
+    monkeypatch.chdir(artefacts)
+    (artefacts / f"data/{kind}/file").write_text("wh0le")
+    with pytest.raises(ArtefactError, match=f"data/{kind}/file: content differs, 5 bytes of sha256 "):
+        run(**arguments)
+    assert {path.name for path in (artefacts / "data").iterdir()} == set(summary.KINDS)
+
+
+def test_verify_names_every_file_at_fault_of_every_artefact(artefacts, monkeypatch, capsys):
+    paths = "\n".join(f"  {kind}: data/{kind}" for kind in ("source", *summary.KINDS))
+    (artefacts / "params.yaml").write_text(f"paths:\n{paths}\n")
+    monkeypatch.chdir(artefacts)
+    summary.verify()
+    assert capsys.readouterr().out.count("as recorded") == len(summary.KINDS)
+    for kind in summary.KINDS:
+        (artefacts / f"data/{kind}/file").write_text("longer")
+        (artefacts / f"data/{kind}/more").touch()
+    with pytest.raises(RemintError) as told:
+        summary.verify()
+    for kind in summary.KINDS:
+        assert f"data/{kind}/file: content differs, 6 bytes of sha256 73834addcec7" in str(told.value)
+        assert f"data/{kind}/more: is not part of the artefact, 0 bytes of sha256 e3b0c44298fc" in str(told.value)
 
 
 def test_plots_point_at_the_report(in_root):

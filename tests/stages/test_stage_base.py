@@ -65,6 +65,13 @@ def test_a_folder_becomes_the_common_layout(paths):
     assert {p.name: p.read_bytes() for p in paths.base.iterdir()} == first
 
 
+def test_a_template_of_the_source_that_tells_the_date_goes_nowhere(paths):
+    Path("tiny/chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }}", encoding="utf-8")
+    assert "strftime" in modeling.load_tokenizer(Path("tiny")).chat_template
+    stage(paths)
+    assert not [path for path in paths.base.iterdir() if b"strftime" in path.read_bytes()]
+
+
 def test_internlm2_becomes_a_llama_with_the_same_logits(paths):
     before = logits(Path("tiny"))
     to_internlm2(Path("tiny"))
