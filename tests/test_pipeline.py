@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from remint import fingerprint, manifest, summary
+from remint import fingerprint, manifest, provenance, summary
 from remint.core import config
 from remint.core.errors import ArtefactError, RemintError
 from remint.core.log import silent
@@ -102,6 +102,11 @@ def artefacts(tmp_path):
         with manifest.artefact(tmp_path / f"data/{kind}", kind) as (draft, facts):
             (draft / "file").write_text("whole")
             facts |= {"name": "A", "identity": {"name": "A", "maker": "B", "name_zh": None, "maker_zh": None}}
+            if kind == "model":
+                source = {"kind": "local_folder", "location": "folder", "revision": None}
+                provenance.write(
+                    draft, {"source": source, "source_files": {}}, {"identity": facts["identity"], "sources": {}}, {}
+                )
     return tmp_path
 
 
@@ -111,6 +116,8 @@ def test_a_stage_refuses_a_damaged_artefact_before_it_does_anything(stage, kind,
     arguments = config.compose(run) | {"log": silent}
     if "fingerprint" in run.__annotations__:
         arguments["fingerprint"] = "f" * 64
+    if "dependencies" in run.__annotations__:
+        arguments["dependencies"] = {}
     monkeypatch.chdir(artefacts)
     (artefacts / f"data/{kind}/file").write_text("wh0le")
     with pytest.raises(ArtefactError, match=f"data/{kind}/file: content differs, 5 bytes of sha256 "):
