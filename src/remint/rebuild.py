@@ -60,7 +60,8 @@ def say_if_stale(folder: Path) -> None:
 
 def _environment(folder: Path) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(_LEFT_HERE)}
-    return kept | {"DVC_SITE_CACHE_DIR": str(folder / ".dvc/tmp/site"), "DVC_NO_ANALYTICS": "1"}
+    own = {"DVC_SITE_CACHE_DIR": str(folder / ".dvc/tmp/site"), "DVC_NO_ANALYTICS": "1"}
+    return kept | own | {"PYTHONUNBUFFERED": "1"}  # a stage is told when it starts, not when a buffer is full
 
 
 def elsewhere(place: Path) -> Rebuild:
