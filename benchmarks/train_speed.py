@@ -45,8 +45,7 @@ VARIANTS: dict[str, tuple[str, str, bool, bool, int]] = {
     "exact": ("fused", "once", False, True, 8),
     "wide": ("fused", "once", False, False, 16),
     "packed": ("fused", "each_use", False, False, 8),
-    "small": ("fused", "each_use", True, False, 2),
-    "small4": ("fused", "each_use", True, False, 4),
+    "small": ("fused", "each_use", True, False, 4),
 }
 
 

@@ -5,6 +5,7 @@ Dropout masks are other ones, but as there a function of the seed and the shape.
 
 import torch
 import torch.nn.functional as F
+from bitsandbytes.functional import dequantize_4bit
 
 PARTS = 8
 
@@ -64,6 +65,10 @@ def gated_back(dwide, low, both, p, seed):
     sigmoid, silu = torch.sigmoid(gate), F.silu(gate)
     dgate = gradient * up * (sigmoid + silu * (1 - sigmoid))
     return torch.cat([dgate, gradient * silu], 1).to(both.dtype), dropped((silu * up).to(both.dtype), p, seed)
+
+
+def unpacked(weight, out):
+    out.copy_(dequantize_4bit(weight, weight.quant_state))
 
 
 def rotated(source, target, cosines, sines, heads, backward):

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -72,7 +71,7 @@ class Group:
         """The product's matrix, good until another group of this shape is asked for its own."""
         if self.packed:
             for base, rows in zip(self.bases, self._matrix.split(self.sizes), strict=True):
-                rows[:, : self.width] = dequantize_4bit(base.weight, base.weight.quant_state)
+                ops.unpacked(base.weight, rows[:, : self.width])
             self._matrix[:, self.width :] = self.tail
         return self._matrix
 
@@ -265,6 +264,8 @@ class Decoder:
         again = self.model.training and self.body.gradient_checkpointing
         delta = None
         for layer, own in zip(self.layers, seeds, strict=True):
+            if again:  # one tensor to keep instead of two
+                x, delta = x if delta is None else x + delta, None
             arguments = (x, delta, heads, p, own)
             x, delta = (
                 checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)

@@ -201,6 +201,26 @@ def _entropy(logits, targets, losses, VOCABULARY: tl.constexpr, BLOCK: tl.conste
         tl.store(start + at, gradient.to(logits.dtype.element_ty), mask=at < VOCABULARY)
 
 
+@triton.jit
+def _unpacked(
+    packed, absmax, code, absmax_code, absmax_scale, offset, out, pairs, stride,
+    WIDTH: tl.constexpr, SIZE: tl.constexpr, ABSMAX_SIZE: tl.constexpr, NESTED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    pair = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = pair < pairs
+    both = tl.load(packed + pair, mask=inside, other=0)
+    block = pair * 2 // SIZE
+    scale = tl.load(absmax + block, mask=inside, other=0)
+    if NESTED:
+        step = tl.load(absmax_scale + block // ABSMAX_SIZE, mask=inside, other=0.0)
+        scale = tl.load(absmax_code + scale.to(tl.int32)) * step + tl.load(offset)
+    first = tl.load(code + (both >> 4).to(tl.int32)) * scale
+    second = tl.load(code + (both & 15).to(tl.int32)) * scale
+    at = tl.program_id(0).to(tl.int64) * 2 * BLOCK + tl.arange(0, 2 * BLOCK)
+    values = tl.interleave(first, second).to(out.dtype.element_ty)
+    tl.store(out + at // WIDTH * stride + at % WIDTH, values, mask=at < 2 * pairs)
+
+
 def _launch(kernel: Any, x: torch.Tensor, width: int, *arguments: Any, p: float, **options: Any) -> None:
     """Start a kernel with one program for each row of `width` columns."""
     size = width // PARTS
@@ -282,6 +302,21 @@ def gated_back(
     # Each program reads its row of `ddropped` before it writes the dropped values there.
     _launch(_gated_back, both, width, dwide, ddropped, both, dboth, ddropped, dwide.stride(0), seed, 1 / (1 - p), p=p)
     return dboth, ddropped
+
+
+def unpacked(weight: Any, out: torch.Tensor) -> None:
+    """The values of a 4-bit weight of bitsandbytes (N, K) into `out`, whose rows may be longer than K; the same bits as
+    its own `dequantize_4bit` gives, in one pass."""
+    state = weight.quant_state
+    nested = state.nested
+    pairs = weight.numel()
+    _unpacked[(triton.cdiv(pairs, 1024),)](
+        weight, state.absmax, state.code, state.state2.code if nested else state.code,
+        state.state2.absmax if nested else state.absmax, state.offset if nested else state.absmax, out, pairs, out.stride(0),
+        WIDTH=out.shape[1], SIZE=state.blocksize, ABSMAX_SIZE=state.state2.blocksize if nested else 1, NESTED=nested,
+        BLOCK=1024,
+        enable_fp_fusion=False,  # a product and a sum that become one operation are rounded once less
+    )  # fmt: skip
 
 
 def rotated(
