@@ -30,7 +30,7 @@ $(DONE): docker/requirements.lock docker/torch.lock pyproject.toml
 	@$(PYTHON) -m venv $(VENV)
 	@# Setuptools first: what has no wheel is built with this one, not with one that pip would fetch unchecked.
 	@sed -n '/^setuptools==/,/[^\\]$$/p' docker/requirements.lock | $(PIP) --require-hashes --no-deps --requirement /dev/stdin
-	@$(PIP) --require-hashes --no-deps --no-build-isolation --requirement docker/requirements.lock
+	@$(PIP) --require-hashes --no-deps --no-build-isolation --use-pep517 --requirement docker/requirements.lock
 	@# The build of torch depends on the machine, so no hash can be asked of it.
 	@$(PIP) --requirement docker/torch.lock
 	@$(PIP) --no-deps --no-build-isolation --editable .
