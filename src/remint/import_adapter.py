@@ -68,6 +68,8 @@ def to_llama(source: Source, path: Path, base: Path, dataset: Path, target: Path
     }
     lora = Lora(_rank(tensors, path), source.alpha, source.dropout, sorted({name.split(".")[-3] for name in tensors}))
     adapter.check({name: tuple(t.shape) for name, t in tensors.items()}, shards.shapes(base), lora, path)
+    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
+    used = {file.name: manifest.file_digest(file) for file in files}
     with manifest.artefact(target, "adapter") as (draft, made):
         adapter.write(tensors, lora, about_base["name"], draft)
         chat.load(base).save(draft)
@@ -79,6 +81,7 @@ def to_llama(source: Source, path: Path, base: Path, dataset: Path, target: Path
                 "identity": about_dataset["identity"],
                 "imported": path.name,
             },
+            made_by={"import-adapter": {"settings": {"alpha": source.alpha}, "dependencies": used}},
             step=source.step,
             lora={"rank": lora.rank, "alpha": lora.alpha, "dropout": lora.dropout, "targets": lora.targets},
             quantization=_QUANTIZATION,
