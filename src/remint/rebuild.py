@@ -76,7 +76,7 @@ def elsewhere(place: Path) -> Rebuild:
         "PYTHONHASHSEED": "97",
         "OMP_NUM_THREADS": "1",
     }
-    becoming, reason = _becoming_nobody()
+    becoming, reason = _becoming_nobody(place)
     cores = sorted(os.sched_getaffinity(0)) if shutil.which("taskset") else []
     fewer = ("taskset", "-c", str(cores[-1])) if len(cores) > 1 else ()
     varied = ["a folder with spaces", "an empty HOME", "umask 077"]
@@ -90,20 +90,21 @@ def elsewhere(place: Path) -> Rebuild:
     return Rebuild("rebuild elsewhere", place / "a folder with spaces", variables, user, 0o077, (*fewer, *becoming))
 
 
-def _becoming_nobody() -> tuple[tuple[str, ...], str]:
+def _becoming_nobody(place: Path) -> tuple[tuple[str, ...], str]:
     """The start of a command that runs as the user without rights; where there is none, () and why not.
 
-    An environment in root's home is out of that user's reach, unless it is allowed to read everything.
+    The environment and `place` must be within that user's reach, unless it is allowed to read everything.
     """
     if os.geteuid() != 0 or not shutil.which("setpriv"):
         return (), "needs root and setpriv"
     nobody = ("setpriv", "--reuid", str(_NOBODY), "--regid", str(_NOBODY), "--clear-groups")
     reading = ("--inh-caps", "+dac_read_search", "--ambient-caps", "+dac_read_search")
-    child = "import subprocess, sys; sys.exit(subprocess.run([sys.executable, '-c', 'import dvc']).returncode)"
+    trial = "import dvc, os; os.listdir(os.getcwd())"
+    child = f"import subprocess, sys; sys.exit(subprocess.run([sys.executable, '-c', {trial!r}]).returncode)"
     for prefix in (nobody, (*nobody, *reading)):
-        if not subprocess.run([*prefix, sys.executable, "-c", child], cwd="/", capture_output=True).returncode:
+        if not subprocess.run([*prefix, sys.executable, "-c", child], cwd=place, capture_output=True).returncode:
             return prefix, ""
-    return (), f"{sys.prefix} is out of its reach"
+    return (), f"{sys.prefix} or {place} is out of its reach"
 
 
 def run(rebuild: Rebuild) -> None:
