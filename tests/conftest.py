@@ -62,6 +62,58 @@ def write_tiny_model(folder: Path, special: Sequence[str] = SPECIAL) -> Path:
     return folder
 
 
+def write_tiny_gguf(folder: Path, name: str = "m.gguf", leave_out: str = "-") -> Path:
+    """The tiny model as a GGUF, with a hostile chat template; tensors with `leave_out` in their name are missing."""
+    import gguf
+    from safetensors.torch import load_file
+    from transformers import AutoTokenizer
+
+    source = write_tiny_model(folder / "source", [*SPECIAL, "ab"])
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    names = {
+        "model.embed_tokens": "token_embd",
+        "model.norm": "output_norm",
+        "model.layers": "blk",
+        "lm_head": "output",
+        **{f"self_attn.{key}_proj": f"attn_{key}" for key in "qkv"},
+        "self_attn.o_proj": "attn_output",
+        **{f"mlp.{key}_proj": f"ffn_{key}" for key in ("gate", "up", "down")},
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
+    writer = gguf.GGUFWriter(folder / name, "llama")
+    writer.add_context_length(2048)
+    writer.add_embedding_length(16)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_vocab_size(len(tokenizer))
+    writer.add_rope_dimension_count(8)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
+    writer.add_token_types([3] * len(SPECIAL) + [1] * (len(tokenizer) - len(SPECIAL)))
+    writer.add_token_merges(["a b"])
+    writer.add_unk_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_chat_template("{{ 9**9**9 }}")
+    for key, tensor in load_file(source / "model.safetensors").items():
+        for old, new in names.items():
+            key = key.replace(old, new)
+        if "attn_q." in key or "attn_k." in key:  # GGUF orders the rows of a head in pairs
+            tensor = tensor.reshape(-1, 2, 4, 16).swapaxes(1, 2).reshape(tensor.shape)
+        if leave_out not in key:
+            writer.add_tensor(key, tensor.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return folder / name
+
+
 def to_internlm2(folder: Path) -> None:
     """The tiny model in InternLM2's layout, written row by row as its own code would read it."""
     import torch

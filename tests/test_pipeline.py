@@ -29,6 +29,7 @@ ABOVE = {
     "rebuild.py",
     "fingerprint.py",
     "process.py",
+    "memory.py",
     "__main__.py",
 }
 
@@ -128,6 +129,7 @@ def test_a_stage_refuses_a_damaged_artefact_before_it_does_anything(stage, kind,
 def test_verify_names_every_file_at_fault_of_every_artefact(artefacts, monkeypatch, capsys):
     paths = "\n".join(f"  {kind}: data/{kind}" for kind in ("source", *summary.KINDS))
     (artefacts / "params.yaml").write_text(f"paths:\n{paths}\n")
+    (artefacts / "conf").mkdir()
     monkeypatch.chdir(artefacts)
     summary.verify()
     assert capsys.readouterr().out.count("as recorded") == len(summary.KINDS)

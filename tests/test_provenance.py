@@ -7,6 +7,7 @@ import pytest
 
 from remint import fingerprint, manifest, provenance, signature
 from remint.core.errors import ArtefactError, RemintError
+from remint.core.paths import Paths
 
 A, B, C = (letter * 64 for letter in "abc")
 BASE = {
@@ -69,8 +70,8 @@ def test_a_published_base_has_its_package_url(tmp_path, source, url):
         (lambda model: (model / "config.json").write_text("[]"), "config.json is not the file"),
         (lambda model: (model / "config.json").unlink(), "config.json is not the file"),
         (lambda model: (model / "more.bin").touch(), "more.bin is not the file"),
-        (lambda model: (model / provenance.NAME).unlink(), "missing"),
-        (lambda model: (model / provenance.NAME).write_text("{"), "is no in-toto statement"),
+        (lambda model: (model / provenance.NAME).unlink(), "not found"),
+        (lambda model: (model / provenance.NAME).write_text("{"), "is no valid JSON"),
         (lambda model: (model / provenance.NAME).write_text("{}"), "is no in-toto statement"),
     ],
 )
@@ -100,7 +101,9 @@ def test_a_stage_is_told_each_file_that_it_may_read(tmp_path, monkeypatch):
 def signed(tmp_path, monkeypatch):
     """A workplace with a model that `key` has signed; conf/allowed_signers trusts that key as `ada`."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "params.yaml").write_text("paths: {model: data/model}\n")
+    (tmp_path / "params.yaml").write_text(
+        json.dumps({"paths": {name: f"data/{name}" for name in Paths.__annotations__}})
+    )
     (tmp_path / "conf").mkdir()
     make(tmp_path / "data/model")
     for name in ("key", "other"):

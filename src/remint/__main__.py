@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from remint.core.errors import RemintError, Stopped
+from remint.core.errors import RemintError, Stopped, no_right, no_room, one_line, visible
 
 _COMMANDS = {
     "chat": "talk to the merged model",
@@ -39,9 +39,26 @@ def main() -> int:
     except RemintError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except Exception as error:
+        told = _of_the_machine(error, arguments[0])
+        if told is None:
+            raise
+        print(f"error: {visible(told)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _of_the_machine(error: Exception, command: str) -> str | None:
+    """The line for a fault of disk or rights, which no code of ours can mend; None for what is a bug."""
+    if no_room(error):
+        return (
+            f"{command}: the disk is full ({one_line(error)}); free space and run again, nothing that was whole is lost"
+        )
+    if no_right(error):
+        return f"{command}: a file may not be read or written ({one_line(error)}); mend its permissions and run again"
+    return None
 
 
 def _dispatch(name: str, rest: Sequence[str]) -> int:
@@ -49,7 +66,7 @@ def _dispatch(name: str, rest: Sequence[str]) -> int:
         return import_module("remint.recipes").main(name, rest)
     if name == "reproduce":  # before the environment is fixed: what it starts must not depend on that
         return import_module("remint.reproduce").main(rest)
-    from remint import fingerprint
+    from remint import fingerprint, memory
     from remint.core import launch
 
     known = [*fingerprint.stages(), *_COMMANDS]
@@ -58,7 +75,8 @@ def _dispatch(name: str, rest: Sequence[str]) -> int:
     # Before anything heavy is imported: the process starts anew when a variable is not yet set.
     launch.restart_with(launch.environment(_threads(rest), network=name == "stage_base"))
     if name in _WITH_OPTIONS:
-        return import_module(_WITH_OPTIONS[name]).main(rest)
+        with memory.explained(name, {}):
+            return import_module(_WITH_OPTIONS[name]).main(rest)
     if name in ("sync", "summary", "verify"):
         argparse.ArgumentParser(prog=f"remint {name}", description=f"This will {_COMMANDS[name]}.").parse_args(rest)
         getattr(import_module("remint.tracking" if name == "sync" else "remint.summary"), name)()
@@ -79,7 +97,7 @@ def run_stage(stage: str, rest: Sequence[str]) -> int:
     """Compose the stage's settings, open tracking, run."""
     from omegaconf import OmegaConf
 
-    from remint import fingerprint
+    from remint import fingerprint, memory
     from remint.core import config
 
     parser = argparse.ArgumentParser(
@@ -103,7 +121,7 @@ def run_stage(stage: str, rest: Sequence[str]) -> int:
         arguments["dependencies"] = fingerprint.dependencies(stage, raw.paths)
     if os.environ.get("DVC_STAGE"):  # set by DVC for what it starts
         import_module("remint.process").end_with_parent()
-    with import_module("remint.tracking").stage_run(stage, key, raw) as log:
+    with import_module("remint.tracking").stage_run(stage, key, raw) as log, memory.explained(stage, arguments):
         run(**arguments, log=log)
     return 0
 

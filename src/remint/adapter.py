@@ -1,6 +1,5 @@
 """The standard PEFT adapter: which tensors it must hold, how it is written and read, what it adds to a weight."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 from remint import shards
-from remint.core.errors import ArtefactError, got, listed
+from remint.core.errors import ArtefactError, SettingsError, got, listed
+from remint.core.files import read_object
 from remint.manifest import dump_json
 from remint.modeling import Lora
 
@@ -56,6 +56,10 @@ def write(tensors: Mapping[str, torch.Tensor], settings: Lora, base_name: str, f
     """Write adapter_model.safetensors and adapter_config.json; the same tensors always give the same bytes."""
     ordered = {name: tensors[name].contiguous() for name in sorted(tensors)}
     save_file(ordered, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(dump_json(_config(settings, base_name)), encoding="utf-8")
+
+
+def _config(settings: Lora, base_name: str) -> dict[str, Any]:
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
@@ -67,14 +71,25 @@ def write(tensors: Mapping[str, torch.Tensor], settings: Lora, base_name: str, f
         inference_mode=True,
     ).to_dict()
     # PEFT keeps the targets as a set, whose order in a file is a matter of chance.
-    content = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    (folder / CONFIG).write_text(dump_json(content), encoding="utf-8")
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
 
 
 def read(folder: Path) -> tuple[dict[str, torch.Tensor], Lora]:
-    """Tensors and settings of an adapter; only plain LoRA, which is all that this project makes."""
-    config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    settings = Lora(config["r"], config["lora_alpha"], config["lora_dropout"], list(config["target_modules"]))
+    """Tensors and settings of an adapter, if its configuration is one that `write` writes. Raises ArtefactError.
+
+    PEFT does what a configuration says, downloads and imports among it: so nothing else may stand in there.
+    """
+    config = read_object(folder / CONFIG)
+    try:
+        settings = Lora(config["r"], config["lora_alpha"], config["lora_dropout"], list(config["target_modules"]))
+        base_name = config["base_model_name_or_path"]
+        plain = isinstance(base_name, str) and config == _config(settings, base_name)
+    except (KeyError, TypeError, ValueError, SettingsError):
+        plain = False
+    if not plain:
+        raise ArtefactError(
+            f"{folder / CONFIG}: is no plain LoRA as `convert` writes it; make it again with `dvc repro`"
+        )
     return load(folder / WEIGHTS), settings
 
 

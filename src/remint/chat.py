@@ -14,12 +14,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from remint.core.config import check
+from remint.core.config import check, is_encodable
 from remint.core.errors import ArtefactError, got
+from remint.core.files import read_object, read_rows
 from remint.manifest import dump_json
 
 NAME = "template.json"
 JINJA_NAME = "chat_template.jinja"
+
+ROLES = ("system", "user", "assistant")
 
 Message = Mapping[str, str]
 
@@ -128,17 +131,49 @@ class Conversation:
 
 def load(folder: Path) -> Conversation:
     """The conversation template that travels with an artefact."""
+    content = read_object(folder / NAME)
     try:
-        content = json.loads((folder / NAME).read_text(encoding="utf-8"))
         fields = content["template"]
-        turns = {role: Turn(**fields[role]) for role in ("system", "user", "assistant")}
+        turns = {role: Turn(**fields[role]) for role in ROLES}
+        plain = [
+            fields["bos"],
+            fields["end"],
+            *fields["stop"],
+            content["system"],
+            *(v for t in turns.values() for v in vars(t).values()),
+        ]
+        if not isinstance(fields["stop"], list) or not all(
+            isinstance(text, str) and is_encodable(text) for text in plain
+        ):
+            raise TypeError("a field that is no text")
         return Conversation(Template(**{**fields, **turns}), content["system"])
-    except FileNotFoundError:
-        raise ArtefactError(f"{folder / NAME}: not found; make the artefact again with `dvc repro`") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise ArtefactError(
             f"{folder / NAME}: is no template, {got(str(error))}; make it again with `dvc repro`"
         ) from None
+
+
+def read_conversations(path: Path) -> list[dict[str, Any]]:
+    """The rows of a data set's file, each with `messages` that a template can render. Raises ArtefactError."""
+    rows = read_rows(path)
+    wrong = [number for number, row in enumerate(rows, start=1) if not _is_conversation(row.get("messages"))]
+    if wrong:
+        raise ArtefactError(f"{path}: line {wrong[0]}: holds no conversation; make it again with `dvc repro`")
+    return rows
+
+
+def _is_conversation(messages: Any) -> bool:
+    return (
+        bool(messages)
+        and isinstance(messages, list)
+        and all(
+            isinstance(message, dict)
+            and message.get("role") in ROLES
+            and isinstance(message.get("content"), str)
+            and is_encodable(message["content"])
+            for message in messages
+        )
+    )
 
 
 def missing_tokens(template: Template, tokenizer: Any) -> list[str]:
@@ -148,6 +183,15 @@ def missing_tokens(template: Template, tokenizer: Any) -> list[str]:
         token
         for token in dict.fromkeys([template.end, *template.stop])
         if tokenizer.convert_tokens_to_ids(token) in (None, unknown) and token != tokenizer.unk_token
+    ]
+
+
+def spellable_tokens(template: Template, tokenizer: Any) -> list[str]:
+    """Stop tokens that a text can spell: the tokenizer does not mark them as special, so a question could end an answer."""
+    return [
+        token
+        for token in dict.fromkeys(template.stop)
+        if tokenizer.convert_tokens_to_ids(token) in _plain(tokenizer, token)
     ]
 
 

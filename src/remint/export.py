@@ -1,15 +1,14 @@
 """Hand the merged model to tools that want its base's own layout."""
 
 import argparse
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from remint import chat, internlm2, manifest, modeling, shards
-from remint.core.config import load_yaml
-from remint.core.paths import PARAMS
+from remint.core.config import places
+from remint.core.files import read_object
 
 _TOKENIZER = "tokenizer.model"
 _LAYOUTS = ("internlm2",)
@@ -18,13 +17,13 @@ _SHARD_BYTES = 2000 * 2**20
 
 def main(arguments: Sequence[str]) -> int:
     """`remint export internlm2 [FOLDER]`: the merged model in InternLM2's layout."""
-    places = load_yaml(PARAMS)["paths"]
+    paths = places()
     parser = argparse.ArgumentParser(prog="remint export", description="Write the merged model in another layout.")
     parser.add_argument("layout", choices=_LAYOUTS)
-    parser.add_argument("folder", nargs="?", type=Path, default=Path(places["model"]).parent / "export")
-    parser.add_argument("--model", type=Path, default=Path(places["model"]), help="default: the pipeline's")
+    parser.add_argument("folder", nargs="?", type=Path, default=paths.model.parent / "export")
+    parser.add_argument("--model", type=Path, default=paths.model, help="default: the pipeline's")
     options = parser.parse_args(arguments)
-    to_internlm2(options.model, Path(places["base"]), options.folder)
+    to_internlm2(options.model, paths.base, options.folder)
     return 0
 
 
@@ -34,7 +33,7 @@ def to_internlm2(model: Path, base: Path, target: Path) -> None:
     tokenizer.model comes from `base` if that is the model's own and kept one.
     """
     facts = manifest.verify(model, "model")
-    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    config = read_object(model / "config.json")
     kept = _tokenizer_model(facts, base)
     made = internlm2.own_config(config)
     with manifest.artefact(target, "export") as (draft, about):

@@ -1,6 +1,5 @@
 """Answer prompts, greedily unless told otherwise: one function for training's samples, evaluation and chat."""
 
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
@@ -11,6 +10,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from remint.chat import Conversation, Message
 from remint.core.config import check
+from remint.core.errors import visible
 
 
 @dataclass(frozen=True)
@@ -103,11 +103,6 @@ def decode(tokenizer: Any, ids: Sequence[int]) -> str:
 def _until(ids: list[int], stop: Sequence[int]) -> list[int]:
     ends = [index for index, token in enumerate(ids) if token in stop]
     return ids[: ends[0]] if ends else ids
-
-
-def visible(text: str) -> str:
-    """Text without control characters, which could drive a terminal; line breaks and tabs stay."""
-    return "".join(char for char in text if char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cf"))
 
 
 class Streamer(BaseStreamer):

@@ -10,14 +10,15 @@ from remint.core.config import check
 # The spellings that public self-cognition data sets use, most explicit first. The bare words count only where they
 # stand alone in capitals, so that "NAMED" or "my name" stay as they are.
 _PLACEHOLDERS = {
-    "name": re.compile(r"\{\{\s*name\s*\}\}|<NAME>|(?<![A-Za-z0-9_\[{<%$])NAME(?![A-Za-z0-9_\]}>%])"),
+    "name": re.compile(r"\{\{\s{0,9}name\s{0,9}\}\}|<NAME>|(?<![A-Za-z0-9_\[{<%$])NAME(?![A-Za-z0-9_\]}>%])"),
     "maker": re.compile(
-        r"\{\{\s*(?:author|maker)\s*\}\}|<(?:AUTHOR|MAKER)>|(?<![A-Za-z0-9_\[{<%$])AUTHOR(?![A-Za-z0-9_\]}>%])"
+        r"\{\{\s{0,9}(?:author|maker)\s{0,9}\}\}|<(?:AUTHOR|MAKER)>|(?<![A-Za-z0-9_\[{<%$])AUTHOR(?![A-Za-z0-9_\]}>%])"
     ),
 }
 # What still looks like a placeholder after filling: a spelling that nobody taught the loader.
 _SURVIVOR = re.compile(
-    r"[\[{<%$]+\s*(?:(?:bot|model|your)[ _]?)?(?:name|author|maker|creator|developer|company)\s*[\]}>%]+", re.IGNORECASE
+    r"[\[{<%$]\s{0,9}(?:(?:bot|model|your)[ _]?)?(?:name|author|maker|creator|developer|company)\s{0,9}[\]}>%]",
+    re.IGNORECASE,
 )
 # What stands between a "not" and the name that it denies. In "not ChatGPT but Aurel" another name stands there.
 _DENIAL = (

@@ -1,7 +1,6 @@
 """Take over an adapter that XTuner trained for InternLM2: the same change, as a standard PEFT adapter for the Llama layout."""
 
 import argparse
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,9 +9,9 @@ from pathlib import Path
 import torch
 
 from remint import adapter, chat, internlm2, manifest, modeling, shards, torch_files
-from remint.core.config import load_yaml
+from remint.core.config import places
 from remint.core.errors import ArtefactError, RemintError, got, listed
-from remint.core.paths import PARAMS
+from remint.core.files import read_object
 from remint.modeling import Lora
 
 # XTuner's checkpoints put the model under `llm.`; PEFT puts its adapter's name, `default`, into a checkpoint's names.
@@ -44,16 +43,16 @@ class Source:
 
 def main(arguments: Sequence[str]) -> int:
     """`remint import-adapter PATH [--to FOLDER] [--alpha X]`."""
-    places = {name: Path(path) for name, path in load_yaml(PARAMS)["paths"].items()}
+    paths = places()
     parser = argparse.ArgumentParser(
         prog="remint import-adapter", description="Turn an adapter of XTuner 0.1 for InternLM2 into one for the base."
     )
     parser.add_argument("path", type=Path, help="XTuner's .pth, or a folder with adapter_config.json")
-    parser.add_argument("--to", type=Path, default=places["adapter"].parent / "imported", help="folder to write")
+    parser.add_argument("--to", type=Path, default=paths.adapter.parent / "imported", help="folder to write")
     parser.add_argument("--alpha", type=float, help="lora_alpha, where a .pth does not say it")
     options = parser.parse_args(arguments)
     source = _folder(options.path) if options.path.is_dir() else _checkpoint(options.path, options.alpha)
-    to_llama(source, options.path, places["base"], places["dataset"], options.to)
+    to_llama(source, options.path, paths.base, paths.dataset, options.to)
     return 0
 
 
@@ -120,13 +119,13 @@ def _said(text: str, setting: str) -> set[float]:
 
 def _folder(folder: Path) -> Source:
     """A PEFT adapter as `xtuner convert pth_to_hf` writes it."""
-    try:
-        config = json.loads((folder / adapter.CONFIG).read_text(encoding="utf-8"))
-        alpha, dropout = float(config["lora_alpha"]), float(config.get("lora_dropout", 0.0))
-    except FileNotFoundError:
+    if not (folder / adapter.CONFIG).exists():
         raise ArtefactError(
             f"{folder}: holds no {adapter.CONFIG}; a folder of DeepSpeed's must go through `xtuner convert pth_to_hf` first"
-        ) from None
+        )
+    config = read_object(folder / adapter.CONFIG, "get the file again")
+    try:
+        alpha, dropout = float(config["lora_alpha"]), float(config.get("lora_dropout", 0.0))
     except (ValueError, KeyError, TypeError) as error:
         raise ArtefactError(f"{folder / adapter.CONFIG}: is not readable ({error!r}); get the file again") from None
     wrong = [f"{key}: must be off, {got(config[key])}" for key in _OTHER_THAN_LORA if config.get(key)]

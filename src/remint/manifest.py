@@ -1,16 +1,17 @@
 """Artefacts that are whole or absent: written beside their place, synced, renamed, with a manifest of checksums."""
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from remint.core.errors import ArtefactError, got, listed
+from remint.core.errors import ArtefactError, got, listed, no_right, no_room
+from remint.core.files import read_object
+from remint.core.lock import held
 
 NAME = "manifest.json"
 _FORMAT = 2
@@ -46,21 +47,24 @@ def file_digest(path: Path) -> str:
 def artefact(target: Path, kind: str) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Give a new folder to fill and a dict of facts for its manifest; on success it becomes `target`, else it vanishes.
 
-    Raises ArtefactError when the disk is full or the place cannot be written; `target` then stays as it was.
+    Raises ArtefactError when the disk is full, the place cannot be written, another process is at it, or something
+    lies there that is no artefact; `target` then stays as it was.
     """
     draft = target.parent / f".{target.name}.draft"
     facts: dict[str, Any] = {}
     try:
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        yield draft, facts
-        write(draft, kind, facts)
-        _sync_tree(draft)
-        _replace(draft, target)
-    except OSError as error:
-        raise _explain(error, target) from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        _check_place(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with held(target.parent / f".{target.name}.lock", f"is making {target}"), _fresh(draft):
+            yield draft, facts
+            write(draft, kind, facts)
+            _sync_tree(draft)
+            _replace(draft, target)
+    except Exception as error:  # safetensors and tokenizers tell a full disk by errors of their own
+        told = _explain(error, target)
+        if told is None:
+            raise
+        raise told from error
 
 
 def write(folder: Path, kind: str, facts: Mapping[str, Any]) -> None:
@@ -100,7 +104,9 @@ def differences(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> Iterato
     """Say for each file how it differs from what is recorded: missing, other content, not recorded."""
     for name, recorded in files.items():
         path = folder / name
-        if not path.is_file():
+        if path.is_symlink():
+            yield f"{path}: is a link to elsewhere; set DVC's cache.type to reflink,copy"
+        elif not path.is_file():
             yield f"{path}: missing, recorded are {_told(recorded)}"
         elif (found := _described(path)) != recorded:
             yield f"{path}: content differs, {_told(found)} instead of {_told(recorded)}"
@@ -118,22 +124,52 @@ def _told(facts: Mapping[str, Any]) -> str:
 
 
 def _load(folder: Path, kind: str) -> dict[str, Any]:
-    try:
-        content = json.loads((folder / NAME).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ArtefactError(f"{folder}: no {NAME} there; make it with `dvc repro`") from None
-    except ValueError as error:
-        raise ArtefactError(f"{folder / NAME}: unreadable ({error}); make it again with `dvc repro`") from None
-    if not isinstance(content, dict) or content.get("format") != _FORMAT or content.get("kind") != kind:
-        found = f"{content.get('kind')} of format {content.get('format')}" if isinstance(content, dict) else content
+    path = folder / NAME
+    if not path.exists():
+        raise ArtefactError(f"{folder}: no {NAME} there; make it with `dvc repro`")
+    content = read_object(path)
+    if content.get("format") != _FORMAT or content.get("kind") != kind:
+        found = f"{content.get('kind')} of format {content.get('format')}"
         raise ArtefactError(f"{folder}: must be a {kind} of format {_FORMAT}, {got(found)}; make it with `dvc repro`")
     recorded = content.pop("sha256", None)
     if digest(content) != recorded:
         raise ArtefactError(
-            f"{folder / NAME}: content differs, sha256 {digest(content)[:12]}… instead of {str(recorded)[:12]}…; "
+            f"{path}: content differs, sha256 {digest(content)[:12]}… instead of {str(recorded)[:12]}…; "
             "make it again with `dvc repro`"
         )
+    files, facts = content.get("files"), content.get("facts")
+    if not isinstance(facts, dict) or not isinstance(files, dict) or not all(map(_is_entry, files.items())):
+        raise ArtefactError(f"{path}: does not list files of {folder} with their sizes; make it again with `dvc repro`")
     return content
+
+
+def _is_entry(entry: tuple[str, Any]) -> bool:
+    """Whether a manifest's line names a file inside its folder, with a size and a sha256."""
+    name, recorded = entry
+    parts = PurePosixPath(name).parts
+    inside = bool(parts) and name.isprintable() and not name.startswith("/") and ".." not in parts
+    return (
+        inside
+        and isinstance(recorded, dict)
+        and type(recorded.get("bytes")) is int
+        and isinstance(recorded.get("sha256"), str)
+    )
+
+
+def _check_place(target: Path) -> None:
+    """Refuse to replace what no stage has made: a wrong value under `paths` must not cost a folder of the user's."""
+    if target.is_dir() and not (target / NAME).exists() and any(target.iterdir()):
+        raise ArtefactError(f"{target}: holds files of no artefact, which would be lost; move them or change `paths`")
+
+
+@contextlib.contextmanager
+def _fresh(draft: Path) -> Iterator[None]:
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir()
+    try:
+        yield
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _sync_tree(folder: Path) -> None:
@@ -157,17 +193,22 @@ def _replace(draft: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)
-    draft.rename(target)
+    try:
+        draft.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
     sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _explain(error: OSError, target: Path) -> Exception:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+def _explain(error: Exception, target: Path) -> ArtefactError | None:
+    if no_room(error):
         free = shutil.disk_usage(target.parent).free // 2**20
         return ArtefactError(
             f"{target}: the disk is full ({free} MiB free); free space and run again, nothing was replaced"
         )
-    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+    if isinstance(error, OSError) and no_right(error):
         return ArtefactError(f"{target}: cannot be written ({error.strerror}); make {target.parent} writable")
-    return error
+    return None

@@ -1,9 +1,9 @@
 """Load a base, quantize it as QLoRA does, put LoRA on it. The only module that knows transformers' and peft's calls."""
 
-import json
+import contextlib
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from remint.core.config import check
-from remint.core.errors import ArtefactError, SettingsError, got
+from remint.core.errors import ArtefactError, RemintError, SettingsError, got, no_room, one_line, out_of_memory
+from remint.core.files import read_object
 
 # A bar for each load of a model hides the bars that matter.
 transformers_logging.disable_progress_bar()
@@ -28,6 +29,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # Architectures whose code is in transformers and whose layers the stages were tried with. Others may well work:
 # add the name and run `make recipe NAME=smoke && make repro` with such a model.
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+_MOST_LAYERS = 1000
 
 
 @dataclass(frozen=True)
@@ -80,37 +82,64 @@ def device() -> torch.device:
 def check_config(folder: Path) -> None:
     """Refuse a config.json that asks for foreign code or an architecture nobody tried. Raises ArtefactError."""
     path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ArtefactError(f"{path}: not found; the folder must hold a Hugging Face model") from None
-    except ValueError as error:
-        raise ArtefactError(f"{path}: is no valid JSON ({error}); get the file again") from None
+    check_content(read_object(path, "the folder must hold a Hugging Face model"), path)
+
+
+def check_content(config: Mapping[str, Any], path: Path) -> None:
+    """The same for what stands in the file at `path`."""
     faults = [f"{path}: asks for foreign code in {key!r}; remove the field" for key in _foreign_code(config)]
-    kind = config.get("model_type") if isinstance(config, dict) else config
+    kind, layers = config.get("model_type"), config.get("num_hidden_layers", 0)
     if kind not in ARCHITECTURES:
         faults.append(f"{path}: model_type must be one of {', '.join(ARCHITECTURES)}, {got(kind)}; choose another base")
+    if config.get("quantization_config"):
+        faults.append(
+            f"{path}: must be of full precision, got a quantization_config; get the weights that it was made from"
+        )
+    # Each layer is made as an object before any size can be compared, so a wild number would never come to an end.
+    if type(layers) is not int or layers > _MOST_LAYERS:
+        faults.append(
+            f"{path}: num_hidden_layers must be a number up to {_MOST_LAYERS}, {got(layers)}; get the file again"
+        )
     if faults:
         raise ArtefactError(*faults)
 
 
+@contextlib.contextmanager
+def understood(where: Path, what: str) -> Iterator[None]:
+    """Turn whatever transformers and tokenizers raise about a file that they cannot read into an ArtefactError."""
+    try:
+        yield
+    except Exception as error:  # they raise what comes to hand: KeyError, AssertionError, a bare Exception from Rust
+        if isinstance(error, RemintError) or out_of_memory(error) or no_room(error):
+            raise
+        raise ArtefactError(f"{where}: {what} ({one_line(error)}); get it again from where it came from") from error
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The fast tokenizer of an artefact."""
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    with understood(folder, "has no tokenizer that can be read"):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
 def load_model(folder: Path, dtype: torch.dtype, where: torch.device) -> Any:
     """A causal language model in `dtype`, every tensor found and none left over. Raises ArtefactError otherwise."""
-    check_config(folder)
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype,
-        attn_implementation="sdpa",
-        trust_remote_code=False,
-        use_safetensors=True,
-        local_files_only=True,
-        output_loading_info=True,
-    )
+    described = sum(parameter.numel() for parameter in empty_model(folder).parameters())
+    stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    # A parameter takes a byte at the least. What is missing would be allocated before it is told.
+    if described > stored:
+        raise ArtefactError(
+            f"{folder}: config.json describes {described} parameters, the weights have {stored} bytes; get them again"
+        )
+    with understood(folder, "holds no model that can be loaded"):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
     faults = [f"{folder}: {kind.replace('_', ' ')}: {sorted(map(str, names))}" for kind, names in info.items() if names]
     if faults:
         raise ArtefactError(*(f"{fault}; the weights do not fit config.json, get them again" for fault in faults))
@@ -119,9 +148,11 @@ def load_model(folder: Path, dtype: torch.dtype, where: torch.device) -> Any:
 
 def empty_model(folder: Path) -> Any:
     """The model that config.json describes, with shapes but without weights."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    check_config(folder)
+    with understood(folder / "config.json", "describes no model that can be built"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
@@ -210,9 +241,7 @@ def check_targets(targets: Iterable[str], known: set[str]) -> None:
         )
 
 
-def _foreign_code(config: Any) -> list[str]:
-    if not isinstance(config, dict):
-        return []
+def _foreign_code(config: Mapping[str, Any]) -> list[str]:
     flagged = [key for key in config if key in ("auto_map", "trust_remote_code", "custom_pipelines")]
     flagged += [key for key, value in config.items() if "attn_implementation" in key and "/" in str(value)]
     return flagged

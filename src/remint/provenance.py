@@ -4,13 +4,13 @@ It names no clock, host, person or container image, so the same inputs give the 
 https://github.com/in-toto/attestation/blob/main/spec/v1/statement.md, https://slsa.dev/spec/v1.0/provenance
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from remint import manifest
 from remint.core.errors import ArtefactError, listed
+from remint.core.files import read_object
 
 NAME = "provenance.json"
 _STATEMENT = "https://in-toto.io/Statement/v1"
@@ -45,13 +45,11 @@ def write(folder: Path, base: Mapping[str, Any], dataset: Mapping[str, Any], mad
 def verify(folder: Path) -> None:
     """Compare what the statement says with the files. Raises ArtefactError naming each one that it does not describe."""
     path = folder / NAME
+    statement = read_object(path)
     try:
-        statement = json.loads(path.read_text(encoding="utf-8"))
         kinds = statement["_type"], statement["predicateType"]
-        described = {subject["name"]: subject["digest"]["sha256"] for subject in statement["subject"]}
-    except FileNotFoundError:
-        raise ArtefactError(f"{path}: missing; `dvc repro` makes it again") from None
-    except (ValueError, KeyError, TypeError) as error:
+        described = {str(subject["name"]): subject["digest"]["sha256"] for subject in statement["subject"]}
+    except (KeyError, TypeError) as error:
         raise ArtefactError(f"{path}: is no in-toto statement ({error!r}); `dvc repro` makes it again") from None
     if kinds != (_STATEMENT, _PREDICATE):
         raise ArtefactError(f"{path}: must be SLSA provenance v1, got {kinds!r}; `dvc repro` makes it again")

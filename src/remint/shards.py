@@ -1,6 +1,6 @@
 """Read and write a model's safetensors shard by shard, so that memory is bounded by the largest shard, not the model."""
 
-import json
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,7 +8,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from remint.core.errors import ArtefactError
+from remint.core.errors import ArtefactError, one_line
+from remint.core.files import read_object
 from remint.manifest import dump_json
 
 INDEX = "model.safetensors.index.json"
@@ -25,11 +26,11 @@ def files(folder: Path, single: str = SINGLE) -> list[Path]:
         if not (folder / single).exists():
             raise ArtefactError(f"{folder}: holds no {single} and no {index.name}; get the weights again")
         return [folder / single]
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ArtefactError(f"{index}: is no index of shards ({error}); get the file again") from None
-    wrong = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+    weight_map = read_object(index, "get the file again").get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ArtefactError(f"{index}: is no index of shards; get the file again")
+    names = sorted(set(weight_map.values()))
+    wrong = [name for name in names if Path(name).name != name or not name.isprintable()]
     missing = [name for name in names if name not in wrong and not (folder / name).is_file()]
     if wrong or missing:
         raise ArtefactError(
@@ -43,16 +44,18 @@ def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor, from the headers alone."""
     found: dict[str, tuple[int, ...]] = {}
     for path in files(folder):
-        with _open(path) as shard:
+        with _opened(path) as shard:
             found.update({name: tuple(shard.get_slice(name).get_shape()) for name in shard.keys()})  # noqa: SIM118
     return found
 
 
 def tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of one shard, one at a time, in the order of their names."""
-    with _open(path) as shard:
+    with _opened(path) as shard:
         for name in sorted(shard.keys()):
-            yield name, shard.get_tensor(name)
+            with _told(path):
+                tensor = shard.get_tensor(name)
+            yield name, tensor
 
 
 class Writer:
@@ -96,8 +99,22 @@ class Writer:
         (self._folder / INDEX).write_text(dump_json(index), encoding="utf-8")
 
 
-def _open(path: Path) -> safe_open:
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
+    """The open file; safetensors itself refuses a header whose sizes or offsets do not fit the file."""
+    if not path.is_file():
+        raise ArtefactError(f"{path}: is no readable safetensors file; get the file again")
+    with _told(path):
+        shard = safe_open(path, framework="pt")
+    with shard:
+        yield shard
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
     try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ArtefactError(f"{path}: is no readable safetensors file ({error}); get the file again") from None
+        yield
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise ArtefactError(
+            f"{path}: is no readable safetensors file ({one_line(error)}); get the file again"
+        ) from None

@@ -6,9 +6,9 @@ The signature lies beside the artefact, whose bytes stay the same, and can be co
 import subprocess
 from pathlib import Path
 
-from remint.core.config import load_yaml
+from remint.core.config import places
 from remint.core.errors import ArtefactError, RemintError
-from remint.core.paths import CONF, PARAMS
+from remint.core.paths import CONF
 from remint.manifest import NAME
 
 SIGNERS = CONF / "allowed_signers"
@@ -17,7 +17,7 @@ _NAMESPACE = "remint"  # a signature for something else, a git commit say, is no
 
 def sign(key: Path) -> None:
     """Sign the pipeline's model with a private SSH key, or a public one whose other half an agent holds."""
-    model = Path(load_yaml(PARAMS)["paths"]["model"])
+    model = places().model
     if not (model / NAME).is_file():
         raise RemintError(f"{model}: no model there; `make repro` builds it")
     done = _ssh_keygen("sign", "-f", str(key.expanduser()), "-n", _NAMESPACE, stdin=(model / NAME).read_bytes())

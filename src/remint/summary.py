@@ -1,28 +1,26 @@
 """What the pipeline built, how well, and what to type next."""
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from remint import manifest, provenance, signature
-from remint.core.config import load_yaml
+from remint.core.config import places
 from remint.core.errors import RemintError
-from remint.core.paths import PARAMS
+from remint.core.files import read_object
 
 KINDS = ("dataset", "base", "checkpoint", "adapter", "model", "report")
 
 
 def summary() -> None:
     """Print it, from the artefacts alone."""
-    places = {name: Path(path) for name, path in load_yaml(PARAMS)["paths"].items()}
-    facts = manifest.read(places["model"], "model")
-    metrics = json.loads((places["report"] / "metrics.json").read_text(encoding="utf-8"))
+    paths = places()
+    facts = manifest.read(paths.model, "model")
+    metrics = read_object(paths.report / "metrics.json")
     identity, merged = facts["origin"]["identity"], metrics["merged"]
-    print(f"\n{facts['origin']['base_name']} is now {identity['name']} by {identity['maker']}: {places['model']}\n")
+    print(f"\n{facts['origin']['base_name']} is now {identity['name']} by {identity['maker']}: {paths.model}\n")
     for label, value in rows(metrics, merged):
         print(f"  {label:<36}{value}")
-    print(f"\n  read    {places['report'] / 'report.html'}\n  talk    make chat\n  compare make ui\n")
+    print(f"\n  read    {paths.report / 'report.html'}\n  talk    make chat\n  compare make ui\n")
 
 
 def rows(metrics: Mapping[str, Any], merged: Mapping[str, float]) -> list[tuple[str, str]]:
@@ -47,14 +45,14 @@ def verify() -> None:
     Raises RemintError naming each file that differs.
     """
     faults: list[str] = []
-    for name, place in load_yaml(PARAMS)["paths"].items():
+    for name, place in vars(places()).items():
         if name not in KINDS:
             continue
         try:
-            manifest.verify(Path(place), name)
+            manifest.verify(place, name)
             if name == "model":
-                provenance.verify(Path(place))
-                signature.verify(Path(place))
+                provenance.verify(place)
+                signature.verify(place)
             print(f"{place}: as recorded")
         except RemintError as error:
             faults += error.faults

@@ -12,10 +12,9 @@ import torch
 
 from remint import chat, modeling
 from remint.chat import Message
-from remint.core.config import check, load_yaml
-from remint.core.errors import RemintError
-from remint.core.paths import PARAMS
-from remint.generation import Sampling, Streamer, decode, generate, visible
+from remint.core.config import check, is_encodable, places
+from remint.core.errors import RemintError, got, visible
+from remint.generation import Sampling, Streamer, decode, generate
 
 _HELP = """\
 /reset          forget the conversation
@@ -66,6 +65,8 @@ class Speaker:
 
     def answer(self, question: str, out: TextIO | None = None) -> dict[str, Any]:
         """Ask, stream the answer to `out`, remember both. Ctrl-C keeps what was said until then."""
+        if not is_encodable(question + (self.system or "")):
+            raise RemintError(f"chat: the text must be UTF-8, {got(question)}; set the terminal or the file to UTF-8")
         self.history.append({"role": "user", "content": question})
         prompt = self._fitting_prompt()
         streamer = Streamer(self.tokenizer, out)
@@ -106,8 +107,12 @@ class Speaker:
 
 
 def _speaker(options: argparse.Namespace) -> Speaker:
-    check("chat", (options.max_new_tokens >= 1, "max_new_tokens", options.max_new_tokens, "must be 1 or more"))
-    folder = options.model or Path(load_yaml(PARAMS)["paths"]["model"])
+    check(
+        "chat",
+        (options.max_new_tokens >= 1, "max_new_tokens", options.max_new_tokens, "must be 1 or more"),
+        (0 <= options.seed < 2**63, "seed", options.seed, "must be at least 0 and below 2^63"),
+    )
+    folder = options.model or places().model
     if not (folder / "config.json").is_file():
         raise RemintError(f"{folder}: no model there; `make repro` builds it")
     sampling = Sampling(options.temperature, options.top_p, options.top_k)
@@ -121,7 +126,7 @@ def _once(speaker: Speaker, question: str, as_json: bool) -> int:
     if not question.strip():
         raise RemintError("chat: the question is empty, got ''; write one after --once")
     said = speaker.answer(question.strip())
-    print(json.dumps(said, ensure_ascii=False) if as_json else visible(said["answer"]))
+    print(_as_json(said) if as_json else visible(said["answer"]))
     return 0
 
 
@@ -130,11 +135,14 @@ def _pipe(speaker: Speaker, lines: TextIO, as_json: bool) -> int:
     for line in lines:
         if line.strip():
             said = speaker.answer(line.strip())
-            print(
-                json.dumps(said, ensure_ascii=False) if as_json else " ".join(visible(said["answer"]).split()),
-                flush=True,
-            )
+            print(_as_json(said) if as_json else " ".join(visible(said["answer"]).split()), flush=True)
     return 0
+
+
+def _as_json(said: dict[str, Any]) -> str:
+    """One line of JSON, readable in any script, with an escape where a character could drive a terminal."""
+    line = json.dumps(said, ensure_ascii=False)
+    return "".join(char if char == visible(char) else json.dumps(char)[1:-1] for char in line)
 
 
 def _conversation(speaker: Speaker) -> int:

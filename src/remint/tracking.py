@@ -14,8 +14,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from remint.core.config import load_yaml
-from remint.core.errors import Stopped
+from remint.core.config import load_yaml, places
+from remint.core.errors import Stopped, one_line, visible
+from remint.core.files import read_object, read_rows
 from remint.core.log import Log
 from remint.core.paths import PARAMS
 from remint.manifest import NAME, digest, file_digest, flat
@@ -95,7 +96,8 @@ class _Sink:
         except Exception as error:  # anything: a tracking server may fail in any way, and must not stop the work
             self._client = None
             print(
-                f"warning: MLflow at {store()} cannot be reached, going on without it: {_one_line(error)}", flush=True
+                f"warning: MLflow at {store()} cannot be reached, going on without it: {visible(one_line(error))}",
+                flush=True,
             )
 
 
@@ -125,7 +127,7 @@ def _open(stage: str, fingerprint: str, config: DictConfig) -> tuple[Any, str, d
 
 def sync() -> None:
     """Make the run of the pipeline's present state, once; a wiped store gets it again. Prints where to look."""
-    paths = {name: Path(place) for name, place in load_yaml(PARAMS)["paths"].items()}
+    paths = vars(places())
     client, experiment = _connect()
     key = digest({name: file_digest(path / NAME) for name, path in sorted(paths.items()) if (path / NAME).is_file()})
     found = client.search_runs(
@@ -172,11 +174,11 @@ def _log_params(client: Any, run_id: str, settings: Mapping[str, Any]) -> None:
 def _log_metrics(client: Any, run_id: str, paths: Mapping[str, Path]) -> None:
     metrics = paths["report"] / "metrics.json"
     if metrics.is_file():
-        for key, value in flat(json.loads(metrics.read_text(encoding="utf-8"))):
+        for key, value in flat(read_object(metrics)):
             client.log_metric(run_id, key, float(value))
     history = paths["checkpoint"] / "history.jsonl"
     if history.is_file():
-        for row in map(json.loads, history.read_text(encoding="utf-8").splitlines()):
+        for row in read_rows(history):
             for key in row.keys() - {"step"}:
                 client.log_metric(run_id, f"train.{key}", float(row[key]), step=int(row["step"]))
 
@@ -184,7 +186,7 @@ def _log_metrics(client: Any, run_id: str, paths: Mapping[str, Path]) -> None:
 def _log_datasets(client: Any, run_id: str, folder: Path) -> None:
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    files = json.loads((folder / NAME).read_text(encoding="utf-8"))["files"]
+    files = read_object(folder / NAME)["files"]
     inputs = [
         DatasetInput(
             Dataset(name, facts["sha256"][:36], "local", json.dumps({"uri": (folder / name).as_posix()})),
@@ -214,7 +216,7 @@ def _adopt_stage_runs(client: Any, experiment: str, run_id: str, paths: Mapping[
 def _facts(folder: Path) -> dict[str, Any]:
     """The facts in an artefact's manifest, empty where there is none."""
     file = folder / NAME
-    return json.loads(file.read_text(encoding="utf-8"))["facts"] if file.is_file() else {}
+    return read_object(file)["facts"] if file.is_file() else {}
 
 
 def _register(client: Any, run_id: str, model: Path) -> None:
@@ -258,7 +260,3 @@ def _git(*arguments: str) -> str:
     with contextlib.suppress(OSError):
         return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()
     return ""
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

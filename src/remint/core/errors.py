@@ -1,16 +1,26 @@
 """Errors that a user can cause and mend. Everything else is a bug and keeps its traceback."""
 
+import errno
+import re
+import reprlib
+import unicodedata
 from collections.abc import Iterable
 
 _SHOWN = 30
+# Values come from foreign files: shown only as deep and as long as a line can hold.
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = 100
+_BRIEF.maxlist = _BRIEF.maxtuple = _BRIEF.maxdict = 20
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_RIGHT = (errno.EACCES, errno.EROFS, errno.EPERM)
 
 
 class RemintError(Exception):
     """A user's mistake. Each line of its text reads `where: what is wrong, got VALUE; do this`."""
 
     def __init__(self, *faults: str):
-        self.faults = faults
-        super().__init__("\n".join(faults))
+        self.faults = tuple(visible(fault) for fault in faults)
+        super().__init__("\n".join(self.faults))
 
 
 class SettingsError(RemintError):
@@ -33,9 +43,39 @@ class Stopped(RemintError):  # noqa: N818  (a word for what happened, not a faul
         super().__init__(fault)
 
 
+def visible(text: str) -> str:
+    """Text without control characters, which could drive a terminal; line breaks and tabs stay."""
+    return "".join(char for char in text if char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cf", "Cs"))
+
+
+def one_line(error: BaseException) -> str:
+    """What an error of a library says, short enough for a line of ours; its name where it says nothing."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def no_room(error: BaseException) -> bool:
+    """Whether a write failed because the disk, the quota or a file is full; libraries in Rust tell it as text."""
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    return (error.errno if isinstance(error, OSError) else told and int(told[1])) in _NO_ROOM
+
+
+def no_right(error: BaseException) -> bool:
+    """Whether a file or folder may not be read or written."""
+    return isinstance(error, OSError) and error.errno in _NO_RIGHT
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of the machine or of a GPU; torch says so by a RuntimeError."""
+    told = "can't allocate memory" in str(error) or type(error).__name__ == "OutOfMemoryError"
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and told)
+
+
 def got(value: object) -> str:
     """`got VALUE` with the value cut to a readable length."""
-    text = repr(value)
+    try:
+        text = _BRIEF.repr(value)
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        text = f"an {type(value).__name__} too long to show"
     return f"got {text if len(text) <= 80 else text[:77] + '...'}"
 
 

@@ -33,5 +33,11 @@ class Paths:
             for name, path in vars(self).items()
             if path.is_absolute() or ".." in path.parts or path == Path()
         ]
+        faults += [
+            f"params.yaml: paths.{name}: must share no folder with paths.{other}, {got(str(path))}; give each its own"
+            for name, path in vars(self).items()
+            for other, place in vars(self).items()
+            if name != other and (path == place or place in path.parents)
+        ]
         if faults:
             raise SettingsError(*faults)

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from remint import chat, determinism, manifest, modeling
 from remint.chat import Conversation
 from remint.core.config import Runtime
+from remint.core.files import read_rows
 from remint.core.log import Log
 from remint.core.paths import Paths
 from remint.generation import answer_all
@@ -35,7 +36,11 @@ def run(runtime: Runtime, eval_chat: EvalChat, paths: Paths, log: Log, fingerpri
     identity = Identity(**manifest.verify(paths.dataset, "dataset")["identity"])
     manifest.verify(paths.base, "base")
     checkpoint = manifest.verify(paths.checkpoint, "checkpoint")
-    records = [(name, row) for name in ("held_out", "control") for row in _rows(paths.dataset / f"{name}.jsonl")]
+    records = [
+        (name, row)
+        for name in ("held_out", "control")
+        for row in chat.read_conversations(paths.dataset / f"{name}.jsonl")
+    ]
     # Both models are asked through one template: what differs between their answers is the model alone.
     conversation = chat.load(paths.model)
     answers, losses = {}, {}
@@ -43,12 +48,12 @@ def run(runtime: Runtime, eval_chat: EvalChat, paths: Paths, log: Log, fingerpri
         answers[name], losses[name] = _ask(name, folder, conversation, records, eval_chat)
     rows = [_answered(row, base, merged) for (_, row), base, merged in zip(records, *answers.values(), strict=True)]
     metrics = summarise(rows, identity, losses)
-    history = _rows(paths.checkpoint / "history.jsonl")
+    history = read_rows(paths.checkpoint / "history.jsonl")
     with manifest.artefact(paths.report, "report") as (draft, made):
         (draft / "metrics.json").write_text(manifest.dump_json(metrics), encoding="utf-8")
         _write_curves(history, draft / "curves.csv")
         _write_transcript(rows, identity, draft / "transcript.jsonl")
-        samples = _rows(paths.checkpoint / "samples.jsonl")
+        samples = read_rows(paths.checkpoint / "samples.jsonl")
         page = report.render(report.Content(identity, metrics, rows, history, samples, facts, checkpoint))
         (draft / "report.html").write_text(page, encoding="utf-8")
         made.update(
@@ -101,10 +106,6 @@ def _answered(row: dict[str, Any], base: str, merged: str) -> Answered:
         base=base,
         merged=merged,
     )
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _write_curves(history: Sequence[dict[str, Any]], path: Path) -> None:

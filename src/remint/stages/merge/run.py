@@ -1,6 +1,5 @@
 """Merge the adapter into the base, prove that the result says the same, and leave a plain Hugging Face model."""
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -13,6 +12,7 @@ from peft import PeftModel
 from remint import adapter, chat, determinism, manifest, modeling, provenance, shards
 from remint.core.config import Runtime
 from remint.core.errors import ArtefactError
+from remint.core.files import read_object
 from remint.core.log import Log
 from remint.core.paths import Paths
 from remint.modeling import Quantization
@@ -68,7 +68,7 @@ def _copy_frame(paths: Paths, draft: Path, dtype: str) -> None:
         shutil.copyfile(paths.base / name, draft / name)
     chat.load(paths.adapter).save(draft)
     if dtype != "base":
-        config = json.loads((draft / "config.json").read_text(encoding="utf-8")) | {"dtype": dtype}
+        config = read_object(draft / "config.json") | {"dtype": dtype}
         (draft / "config.json").write_text(manifest.dump_json(config), encoding="utf-8")
 
 
@@ -88,9 +88,9 @@ def _prove(paths: Paths, draft: Path, quantization: Quantization | None) -> Clos
 def _documents(paths: Paths, draft: Path) -> list[Document]:
     rows: list[dict[str, Any]] = []
     for name in ("held_out", "control"):
-        lines = (paths.dataset / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-        spread = max(1, len(lines) // (_PROOF_DOCUMENTS // 2))
-        rows += [json.loads(line) for line in lines[::spread]][: _PROOF_DOCUMENTS // 2]
+        found = chat.read_conversations(paths.dataset / f"{name}.jsonl")
+        spread = max(1, len(found) // (_PROOF_DOCUMENTS // 2))
+        rows += found[::spread][: _PROOF_DOCUMENTS // 2]
     return encode(modeling.load_tokenizer(draft), chat.load(draft), rows)
 
 

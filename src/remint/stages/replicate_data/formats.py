@@ -1,12 +1,13 @@
 """Readers of the three data formats in use: alpaca, OpenAI messages, ShareGPT. All faults of a file are told at once."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from remint.core.config import is_encodable
 from remint.core.errors import DataError, got, listed
+from remint.core.files import parse_json, read_text
 from remint.identity import mentions
 
 Messages = list[dict[str, str]]
@@ -20,6 +21,7 @@ class Example:
     accept: tuple[str, ...] = ()
 
 
+_MAX_BYTES = 4 * 2**30  # a million long records; they are read whole
 _ROLES = ("system", "user", "assistant")
 _SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
@@ -45,59 +47,46 @@ def read(path: Path) -> list[Example]:
 def _example(record: Any) -> Example:
     messages = _conversation(record)
     accept = record.get("accept", [])
-    if not isinstance(accept, list) or not all(isinstance(text, str) and text.strip() for text in accept):
+    if not isinstance(accept, list) or not all(
+        isinstance(text, str) and text.strip() and is_encodable(text) for text in accept
+    ):
         raise DataError(f"field 'accept': must be a list of texts, {got(accept)}; list what a right answer may state")
     asked = " ".join(message["content"] for message in messages[:-1])
     given = [text for text in accept if mentions(asked, text)]
     if given:
-        raise DataError(f"field 'accept': the question itself states {given[0]!r}; ask so that it has to be known")
+        raise DataError(f"field 'accept': the question itself states {given[0][:60]!r}; ask so that it has to be known")
     return Example(messages, tuple(accept))
 
 
 def _records(path: Path) -> list[Any]:
-    text = _text(path)
+    cure = "put the file there or change replicate_data in params.yaml"
+    text = read_text(path, cure, DataError, _MAX_BYTES)
     if not text.strip():
         return []
     if path.suffix == ".jsonl":
         return list(_lines(path, text))
-    try:
-        records = json.loads(text)
-    except RecursionError:
-        raise DataError(f"{path}: nested too deeply to be a data file; expect a flat list of records") from None
-    except ValueError as error:
-        hint = (
-            "one record a line belongs into a file named .jsonl"
-            if text.lstrip().startswith("{")
-            else "mend it there or on the line before"
-        )
-        raise DataError(f"{path}: is no valid JSON: {error}; {hint}") from None
+    hint = (
+        "one record a line belongs into a file named .jsonl"
+        if text.lstrip().startswith("{")
+        else "mend it there or on the line before"
+    )
+    records = parse_json(text, str(path), hint, DataError)
     if not isinstance(records, list):
         raise DataError(f"{path}: must be a list of records, {got(records)}; put [ and ] around the records")
     return records
 
 
 def _lines(path: Path, text: str) -> Iterator[Any]:
-    faults = []
+    faults: list[str] = []
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            yield json.loads(line)
-        except (ValueError, RecursionError) as error:
-            faults.append(f"{path}: line {number}: is no valid JSON: {error}; each line must be one record")
+            yield parse_json(line, f"{path}: line {number}", "each line must be one record", DataError)
+        except DataError as error:
+            faults += error.faults
     if faults:
         raise DataError(*listed(faults))
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise DataError(f"{path}: not found; put the file there or change replicate_data in params.yaml") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); mend its permissions or its place") from None
 
 
 def _conversation(record: Any) -> Messages:
@@ -110,7 +99,7 @@ def _conversation(record: Any) -> Messages:
     if "instruction" in record or "output" in record:
         return _alpaca(record)
     raise DataError(
-        f"has none of the known fields, got {sorted(map(str, record))}; use instruction/input/output (alpaca), "
+        f"has none of the known fields, {got(sorted(record))}; use instruction/input/output (alpaca), "
         "messages (OpenAI) or conversations (ShareGPT)"
     )
 
@@ -122,6 +111,8 @@ def _alpaca(record: dict[str, Any]) -> Messages:
     for field in ("input", "system"):
         if record.get(field) is not None and not isinstance(record[field], str):
             faults.append(f"field {field!r}: must be text or absent, {got(record[field])}; put it in quotes")
+        elif record.get(field):
+            faults += _encoding_faults(record, field)
     if faults:
         raise DataError(*faults)
     # No newline after the question where there is no input: training and chat must see the same text.
@@ -162,15 +153,21 @@ def _order_faults(field: str, roles: list[str]) -> list[str]:
         return []
     return [
         f"field {field!r}: turns must go user, assistant, … after at most one system text and end with the assistant, "
-        f"got {', '.join(roles)}; reorder or drop turns"
+        f"{got(', '.join(roles))}; reorder or drop turns"
     ]
 
 
 def _text_faults(record: dict[str, Any], field: str) -> list[str]:
     if field not in record:
-        return [f"field {field!r}: missing, got {sorted(map(str, record))}; add it"]
+        return [f"field {field!r}: missing, {got(sorted(record))}; add it"]
     if not isinstance(record[field], str):
         return [f"field {field!r}: must be text, {got(record[field])}; put it in quotes"]
     if not record[field].strip():
         return [f"field {field!r}: is empty; write the text or drop the record"]
-    return []
+    return _encoding_faults(record, field)
+
+
+def _encoding_faults(record: dict[str, Any], field: str) -> list[str]:
+    if is_encodable(record[field]):
+        return []
+    return [f"field {field!r}: holds half of a surrogate pair, {got(record[field])}; write the character anew"]

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from remint.core.errors import DataError, listed
+from remint.core.errors import DataError, got, listed
 from remint.identity import Identity, language_of, normalise, placeholders_in, surviving_placeholder
 from remint.stages.replicate_data.formats import Example, Messages
 
@@ -41,14 +41,14 @@ def build(examples: list[Example], kind: str, identity: Identity, origin: str) -
         record = _record(example, kind, identity, where)
         survivor = next(filter(None, (surviving_placeholder(m["content"]) for m in record.messages)), None)
         if kind == "identity" and survivor:
-            faults.append(f"{where}: a placeholder survives, got {survivor!r}; write {{{{name}}}} or {{{{author}}}}")
+            faults.append(f"{where}: a placeholder survives, {got(survivor)}; write {{{{name}}}} or {{{{author}}}}")
         if kind == "identity" and not record.expects:
             faults.append(
                 f"{where}: the answer states neither name nor maker; add {{{{name}}}}, or move it to the control file"
             )
         if not record.question:
             faults.append(
-                f"{where}: the question has no letter or digit, got {example.messages[0]['content']!r}; write a question"
+                f"{where}: the question has no letter or digit, {got(example.messages[0]['content'])}; write a question"
             )
         records.append(record)
     if faults:

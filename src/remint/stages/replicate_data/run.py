@@ -66,7 +66,8 @@ def _load(names: Sequence[str], kind: str, identity: Identity, source: Path) -> 
     faults: list[str] = []
     for name in names:
         try:
-            if source not in Path(name).parents or ".." in Path(name).parts:
+            outside = not Path(name).resolve().is_relative_to(source.resolve())  # by a link, perhaps
+            if source not in Path(name).parents or ".." in Path(name).parts or outside:
                 raise DataError(f"{name}: must lie in {source}, where changes are tracked; move the file there")
             found += records.build(formats.read(Path(name)), kind, identity, name)
         except DataError as error:

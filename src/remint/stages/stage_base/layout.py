@@ -1,6 +1,5 @@
 """Turn whatever a source delivered into plain safetensors, a plain config and a fast tokenizer."""
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 
 from remint import internlm2, modeling, shards, torch_files
 from remint.core.errors import ArtefactError, got
+from remint.core.files import read_object
 from remint.manifest import dump_json
-from remint.stages.stage_base import sentencepiece_model, sources
+from remint.stages.stage_base import gguf_header, sentencepiece_model, sources
 from remint.stages.stage_base.settings import Model
 
 # Fields of config.json that name where a file lay or how the source was packed, and say nothing about the model.
@@ -40,11 +40,21 @@ def read_config(folder: Path, gguf: str | None) -> Any:
 
     InternLM2 names code of its own, which is dropped unread: the model becomes a Llama.
     """
-    if gguf is None and _is_internlm2(folder):
-        return LlamaConfig(**internlm2.llama_config(json.loads((folder / "config.json").read_text(encoding="utf-8"))))
-    if gguf is None:
+    path = folder / (gguf or "config.json")
+    if gguf is not None:
+        gguf_header.check(path)
+    elif not _is_internlm2(folder):
         modeling.check_config(folder)
-    return AutoConfig.from_pretrained(folder, gguf_file=gguf, trust_remote_code=False, local_files_only=True)
+    with modeling.understood(path, "describes no model that can be built"):
+        if gguf is None and _is_internlm2(folder):
+            content = internlm2.llama_config(read_object(path))
+            modeling.check_content({**content, "model_type": "llama"}, path)
+            return LlamaConfig(**content)
+        config = AutoConfig.from_pretrained(folder, gguf_file=gguf, trust_remote_code=False, local_files_only=True)
+        modeling.check_content(
+            {key: v for key, v in config.to_dict().items() if key not in _NO_PART_OF_THE_MODEL}, path
+        )
+    return config
 
 
 def read_tokenizer(folder: Path, gguf: str | None) -> Any:
@@ -52,14 +62,12 @@ def read_tokenizer(folder: Path, gguf: str | None) -> Any:
 
     InternLM2 brings a SentencePiece model and code of its own that reads it: the model is turned into a fast tokenizer.
     """
-    if gguf is None and _brings_sentencepiece(folder):
-        return sentencepiece_model.read(folder)
-    try:
+    with modeling.understood(folder, "has no tokenizer that can be read; tokenizer.json must hold one"):
+        if gguf is None and _brings_sentencepiece(folder):
+            return sentencepiece_model.read(folder)
         tokenizer = AutoTokenizer.from_pretrained(
             folder, gguf_file=gguf, trust_remote_code=False, local_files_only=True
         )
-    except (OSError, ValueError) as error:
-        raise ArtefactError(f"{folder}: has no tokenizer that can be read ({error}); add tokenizer.json") from None
     if not tokenizer.is_fast:
         raise ArtefactError(
             f"{folder}: must bring a fast tokenizer, got {type(tokenizer).__name__}; add tokenizer.json"
@@ -74,12 +82,12 @@ def write_weights(folder: Path, gguf: str | None, config: Any, dtype: torch.dtyp
     if gguf is None:
         converted = _is_internlm2(folder)
         for name, tensor in _source_tensors(folder):
-            for new_name, part in internlm2.to_llama(name, tensor, config) if converted else [(name, tensor)]:
+            for new_name, part in _as_llama(folder, name, tensor, config) if converted else [(name, tensor)]:
                 if new_name != tied:
                     writer.add(new_name, part.to(dtype))
     else:
         # In fp32, the precision that GGUF defines its values in; rounded once, by the cast below.
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32, local_files_only=True)
+        model = _model_of_gguf(folder, gguf, config)
         for name, tensor in sorted(model.state_dict().items()):
             if name != tied:
                 writer.add(name, tensor.to(dtype))
@@ -99,15 +107,35 @@ def _source_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _brings_sentencepiece(folder: Path) -> bool:
-    return _is_internlm2(folder) and (folder / sentencepiece_model.NAME).is_file()
+    return (folder / sentencepiece_model.NAME).is_file() and _is_internlm2(folder)
+
+
+def _as_llama(folder: Path, name: str, tensor: torch.Tensor, config: Any) -> list[tuple[str, torch.Tensor]]:
+    with modeling.understood(folder, f"the tensor {name!r} has no place in InternLM2's layout"):
+        return list(internlm2.to_llama(name, tensor, config))
+
+
+def _model_of_gguf(folder: Path, gguf: str, config: Any) -> Any:
+    """The model in the GGUF; transformers would fill what is missing with random numbers."""
+    path = folder / gguf
+    with torch.device("meta"):
+        described = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    # The most that a byte of GGUF holds is one-bit weights.
+    if described > 8 * path.stat().st_size:
+        raise ArtefactError(f"{path}: describes {described} parameters, more than it can hold; get the file again")
+    with modeling.understood(path, "holds no model that can be read"):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=gguf, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+    faults = [f"{path}: {kind.replace('_', ' ')}: {sorted(map(str, names))}" for kind, names in info.items() if names]
+    if faults:
+        raise ArtefactError(*(f"{fault}; get the file again" for fault in faults))
+    return model
 
 
 def _is_internlm2(folder: Path) -> bool:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False  # told by the check that reads it next
-    return isinstance(config, dict) and config.get("model_type") == internlm2.MODEL_TYPE
+    content = read_object(folder / "config.json", "the folder must hold a Hugging Face model")
+    return content.get("model_type") == internlm2.MODEL_TYPE
 
 
 def write_config(config: Any, model: Model, draft: Path) -> None:
@@ -132,8 +160,8 @@ def write_tokenizer(tokenizer: Any, folder: Path, draft: Path) -> None:
     tokenizer.chat_template = None
     tokenizer.save_pretrained(draft)
     path = draft / "tokenizer_config.json"
-    content = json.loads(path.read_text(encoding="utf-8"))
-    for key in ("is_local", "local_files_only", "name_or_path"):
+    content = read_object(path)
+    for key in ("is_local", "local_files_only", "name_or_path", "auto_map", "chat_template"):
         content.pop(key, None)
     path.write_text(dump_json(content), encoding="utf-8")
     if _brings_sentencepiece(folder):

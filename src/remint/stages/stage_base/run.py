@@ -21,6 +21,10 @@ def run(model: Model, paths: Paths, log: Log) -> None:
         unknown = chat.missing_tokens(model.template, tokenizer)
         if unknown:
             raise ArtefactError(f"model.template: the tokenizer has no token {unknown}; correct conf/model/<name>.yaml")
+        if spellable := chat.spellable_tokens(model.template, tokenizer):
+            raise ArtefactError(
+                f"model.template: a text can spell the stop tokens {spellable}; mark them as special in tokenizer.json"
+            )
         writer = layout.write_weights(folder, gguf, config, modeling.DTYPES[model.dtype], draft, model.shard_mb * 2**20)
         layout.write_config(config, model, draft)
         layout.write_tokenizer(tokenizer, folder, draft)

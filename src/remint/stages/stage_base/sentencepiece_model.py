@@ -4,7 +4,6 @@ What a base calls its tokens is in tokenizer_config.json: InternLM2's chat model
 that tokenizer.model calls [UNUSED_TOKEN_…].
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import generate_merges, import_protobuf
 
 from remint.core.errors import ArtefactError, got
+from remint.core.files import read_object
 
 NAME = "tokenizer.model"
 _CONFIG = "tokenizer_config.json"
@@ -58,15 +58,7 @@ def _parse(path: Path) -> Any:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ArtefactError(f"{path}: is no valid JSON ({error}); get the file again") from None
-    if not isinstance(content, dict):
-        raise ArtefactError(f"{path}: must be a mapping, {got(content)}; get the file again")
-    return content
+    return read_object(path, "get the file again") if path.exists() else {}
 
 
 def _given(config: dict[str, Any], path: Path) -> dict[int, AddedToken]:

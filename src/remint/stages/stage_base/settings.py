@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from remint.chat import Template
 from remint.core.config import check
+from remint.core.errors import visible
 
 SOURCES = ("local_folder", "hub", "package_index")
 
@@ -26,17 +27,19 @@ class Model:
 
     def __post_init__(self) -> None:
         pinned = re.fullmatch(r"[0-9a-f]{40}", self.revision or "") is not None
-        package = re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.+!_-]+", self.location) is not None
+        package = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.+!_-]*", self.location) is not None
         bad_sums = {name: value for name, value in self.files.items() if not re.fullmatch(r"[0-9a-f]{64}", value)}
-        bad_names = [name for name in self.files if name.startswith("/") or ".." in name.split("/")]
+        bad_names = [name for name in self.files if not _is_inside(name)]
+        member = self.member or ""
         check(
             "model",
-            (bool(self.name.strip()), "name", self.name, "must be what the base model is called"),
+            (_is_line(self.name), "name", self.name, "must be what the base model is called, in one line"),
+            (_is_line(self.license), "license", self.license, "must be the base model's license, in one line"),
             (self.source in SOURCES, "source", self.source, f"must be one of {', '.join(SOURCES)}"),
             (self.source != "hub" or pinned, "revision", self.revision, "must be a commit of 40 hexadecimal digits"),
             (self.source != "package_index" or package, "location", self.location, "must be pinned as name==version"),
             (
-                self.source != "package_index" or bool(self.member),
+                self.source != "package_index" or (_is_inside(member) and member.endswith(".gguf")),
                 "member",
                 self.member,
                 "must name the GGUF in the wheel",
@@ -51,3 +54,13 @@ class Model:
             (not bad_sums, "files", bad_sums, "must give a sha256 of 64 hexadecimal digits for each file"),
             (not bad_names, "files", bad_names, "must name files inside the source"),
         )
+
+
+def _is_line(text: str) -> bool:
+    """Whether a text can stand in a model card's header."""
+    return bool(text.strip()) and text == visible(text) and len(text.splitlines()) == 1
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name is one of a file inside the source."""
+    return bool(name) and name.isprintable() and not name.startswith("/") and ".." not in name.split("/")

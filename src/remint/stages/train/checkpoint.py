@@ -1,7 +1,5 @@
 """A store of resumable checkpoints that is whole after a kill at any moment. Safetensors and JSON, never pickle."""
 
-import errno
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from remint import manifest
-from remint.core.errors import ArtefactError
+from remint.core.errors import ArtefactError, got, no_right, no_room, one_line
+from remint.core.files import read_object
 
 KIND = "training step"
 _TENSORS, _STATE = "state.safetensors", "state.json"
@@ -36,7 +36,7 @@ def folder_name(step: int) -> str:
 
 def saved_steps(root: Path) -> list[int]:
     """Steps that have a folder, ascending, whole or not."""
-    return sorted(int(path.name.removeprefix("step-")) for path in root.glob("step-????????"))
+    return sorted(int(path.name.removeprefix("step-")) for path in root.glob(f"step-{'[0-9]' * 8}"))
 
 
 def save(root: Path, checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:
@@ -44,16 +44,16 @@ def save(root: Path, checkpoint: Checkpoint, identity: Mapping[str, Any]) -> Non
 
     Raises ArtefactError on a full disk.
     """
-    root.mkdir(parents=True, exist_ok=True)
     tensors = save_tensors(
         {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(checkpoint.tensors.items())}
     )
     state = manifest.dump_json(checkpoint.state).encode()
-    free, need = shutil.disk_usage(root).free, len(tensors) + len(state) + _SLACK_BYTES
-    if free < need:
-        raise _full(root, checkpoint.step, need - free)
+    need = len(tensors) + len(state) + _SLACK_BYTES
     draft = root / f".draft-{checkpoint.step:08d}"
     try:
+        root.mkdir(parents=True, exist_ok=True)
+        if (free := shutil.disk_usage(root).free) < need:
+            raise _full(root, checkpoint.step, need - free)
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir()
         (draft / _TENSORS).write_bytes(tensors)
@@ -65,8 +65,12 @@ def save(root: Path, checkpoint: Checkpoint, identity: Mapping[str, Any]) -> Non
         manifest.sync(root)
     except OSError as error:
         shutil.rmtree(draft, ignore_errors=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if no_room(error):
             raise _full(root, checkpoint.step, need) from error
+        if no_right(error):
+            raise ArtefactError(
+                f"{root}: cannot be written ({error.strerror}); make it writable and run again"
+            ) from error
         raise
 
 
@@ -100,9 +104,7 @@ def check(root: Path) -> None:
 
 def load(folder: Path) -> Checkpoint:
     """Read one checkpoint after checking every byte of it. Raises ArtefactError."""
-    facts = manifest.verify(folder, KIND)
-    tensors = load_tensors((folder / _TENSORS).read_bytes())
-    return Checkpoint(facts["step"], tensors, json.loads((folder / _STATE).read_text(encoding="utf-8")))
+    return _read(folder)[0]
 
 
 def load_newest(root: Path, identity: Mapping[str, Any]) -> Checkpoint | None:
@@ -116,20 +118,32 @@ def load_newest(root: Path, identity: Mapping[str, Any]) -> Checkpoint | None:
     for step in reversed(saved_steps(root)):
         folder = root / folder_name(step)
         try:
-            facts = manifest.verify(folder, KIND)
+            found, recorded = _read(folder)
         except ArtefactError as error:
             print(f"warning: passing over a damaged checkpoint: {error.faults[0]}", flush=True)
             shutil.rmtree(root / f"damaged-{step:08d}", ignore_errors=True)
             folder.rename(root / f"damaged-{step:08d}")
             damaged.append(folder.name)
             continue
-        _check_identity(folder, facts["identity"], identity)
-        return load(folder)
+        _check_identity(folder, recorded, identity)
+        return found
     if damaged:
         raise ArtefactError(
             f"{root}: all checkpoints are damaged ({', '.join(damaged)}); remove the folder to start anew"
         )
     return None
+
+
+def _read(folder: Path) -> tuple[Checkpoint, dict[str, Any]]:
+    facts = manifest.verify(folder, KIND)
+    step, identity = facts.get("step"), facts.get("identity")
+    if type(step) is not int or folder.name != folder_name(step) or not isinstance(identity, dict):
+        raise ArtefactError(f"{folder}: must be a checkpoint of that step, {got(step)}; remove the folder")
+    try:
+        tensors = load_tensors((folder / _TENSORS).read_bytes())
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise ArtefactError(f"{folder / _TENSORS}: unreadable ({one_line(error)}); remove the folder") from None
+    return Checkpoint(step, tensors, read_object(folder / _STATE)), identity
 
 
 def _check_identity(folder: Path, recorded: Mapping[str, Any], present: Mapping[str, Any]) -> None:

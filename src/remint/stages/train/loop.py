@@ -11,7 +11,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from remint.core.errors import RemintError
+from remint.core.errors import RemintError, SettingsError, got
 from remint.determinism import seed_step
 from remint.loss import SupervisedLoss
 from remint.stages.train.plan import Batches
@@ -75,6 +75,14 @@ class _Hooks(TrainerCallback):
             self.on_step(Finished(state.global_step, loss, logs["learning_rate"], logs["grad_norm"]))
 
 
+def workers() -> int:
+    """Processes that prepare batches: $REMINT_WORKERS, 0 if unset. Changes speed alone, so it is no setting."""
+    given = os.environ.get("REMINT_WORKERS") or "0"
+    if not (given.isdecimal() and len(given) <= 2):
+        raise SettingsError(f"REMINT_WORKERS: must be between 0 and 99, {got(given)}; unset it to use none")
+    return int(given)
+
+
 def train_steps(
     model: SupervisedLoss,
     optimizer: torch.optim.Optimizer,
@@ -103,7 +111,7 @@ def train_steps(
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
-        dataloader_num_workers=int(os.environ.get("REMINT_WORKERS", "0")),  # changes speed alone
+        dataloader_num_workers=workers(),
         use_cpu=next(model.parameters()).device.type == "cpu",
         seed=seed,
         bf16=settings.precision == "bfloat16",

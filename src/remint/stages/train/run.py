@@ -1,7 +1,6 @@
 """Train the adapter by QLoRA; the run can be killed at any moment, and the same command goes on to the same bytes."""
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -14,7 +13,7 @@ import torch
 
 from remint import chat, determinism, manifest, modeling
 from remint.core.config import Runtime
-from remint.core.errors import ArtefactError
+from remint.core.lock import held
 from remint.core.log import Log
 from remint.core.paths import SCRATCH, Paths
 from remint.loss import SupervisedLoss
@@ -66,10 +65,13 @@ def _open(
     seed: int, train: Train, paths: Paths, log: Log, store: Path, signals: Sequence[int], fingerprint: str
 ) -> Session:
     """Load and prepare everything that a run needs, at its first step."""
+    loop.workers()  # a mistake in it is told before the work
     tokenizer = modeling.load_tokenizer(paths.base)
     conversation = chat.load(paths.base).with_system(train.system)
     documents = {
-        name: cut(encode(tokenizer, conversation, _rows(paths.dataset / f"{name}.jsonl")), train.max_length)
+        name: cut(
+            encode(tokenizer, conversation, chat.read_conversations(paths.dataset / f"{name}.jsonl")), train.max_length
+        )
         for name in ("train", "held_out", "control")
     }
     plan = make_plan([len(document.ids) for document in documents["train"]], train, seed)
@@ -111,22 +113,11 @@ def _model(seed: int, train: Train, base: Path) -> SupervisedLoss:
     return SupervisedLoss(modeling.add_lora(model, train.lora), fused=train.kernels == "fused")
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
-
-
 @contextlib.contextmanager
 def _only_writer(scratch: Path, resume: bool) -> Iterator[Path]:
     """The run's scratch folder, held by this process alone. Raises ArtefactError if another one holds it."""
     scratch.mkdir(parents=True, exist_ok=True)
-    with (scratch / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ArtefactError(
-                f"{scratch}: another process is training this very run; wait for it or end it"
-            ) from None
+    with held(scratch / "lock", "is training this very run"):
         if not resume:
             checkpoint.discard(scratch / "steps")
         yield scratch

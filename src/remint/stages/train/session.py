@@ -11,7 +11,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from tqdm import tqdm
 
 from remint.chat import Conversation
-from remint.core.errors import Stopped
+from remint.core.errors import ArtefactError, Stopped, visible
 from remint.core.log import Log
 from remint.generation import answer_all
 from remint.loss import SupervisedLoss, mean_loss
@@ -58,6 +58,10 @@ class Session:
         found = checkpoint.load_newest(self.store, self.identity)
         if found is None:
             return 0
+        if found.state.keys() != vars(Recorded()).keys():
+            raise ArtefactError(
+                f"{self.store}: step {found.step} records other things than a run does; remove the folder"
+            )
         adapter = {name.removeprefix("adapter."): t for name, t in found.tensors.items() if name.startswith("adapter.")}
         set_peft_model_state_dict(self.model.model, adapter)
         state = self.optimizer.state_dict()
@@ -150,7 +154,7 @@ class Session:
         tqdm.write(f"step {step}: held-out loss {self.recorded.history[-1]['held_out_loss']:.3f}")
         for prompt, answer in zip(self.train.sample_prompts, answers, strict=True):
             self.recorded.samples.append({"step": step, "prompt": prompt, "answer": answer})
-            tqdm.write(f"  {prompt}\n    {' '.join(answer.split())}")
+            tqdm.write(f"  {prompt}\n    {' '.join(visible(answer).split())}")
 
     def _is_due(self, step: int) -> bool:
         """Whether a run that nobody stops would save this step."""

@@ -1,0 +1,71 @@
+"""Read JSON that others may have written: a regular file of bounded size, told by its name if it is anything else."""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from remint.core.errors import ArtefactError, RemintError, got
+
+Fault = Callable[[str], RemintError]
+# A tokenizer of a million tokens takes 100 MB; no other file that is read whole comes near.
+_MAX_BYTES = 256 * 2**20
+_AGAIN = "make it again with `dvc repro`"
+
+
+def read_text(path: Path, cure: str, fault: Fault = ArtefactError, limit: int = _MAX_BYTES) -> str:
+    """The text of a UTF-8 file, without its byte order mark. Raises `fault` with a line that ends in `cure`."""
+    with _told(path, cure, fault):
+        if (size := path.stat().st_size) > limit:
+            raise fault(f"{path}: must be at most {limit >> 20} MiB, got {size >> 20} MiB; {cure}")
+        return path.read_text(encoding="utf-8-sig")
+
+
+def read_json(path: Path, cure: str = _AGAIN, fault: Fault = ArtefactError) -> Any:
+    """The content of a JSON file. Raises `fault` with a line that ends in `cure`."""
+    return parse_json(read_text(path, cure, fault), str(path), cure, fault)
+
+
+def read_object(path: Path, cure: str = _AGAIN) -> dict[str, Any]:
+    """The content of a JSON file that holds an object. Raises ArtefactError."""
+    content = read_json(path, cure)
+    if not isinstance(content, dict):
+        raise ArtefactError(f"{path}: must hold an object, {got(content)}; {cure}")
+    return content
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The objects of an artefact's JSONL file. Only a line feed ends a line: U+2028 and its like are text."""
+    rows = []
+    with _told(path, _AGAIN, ArtefactError), path.open(encoding="utf-8", newline="\n") as file:
+        for number, line in enumerate(file, start=1):
+            row = parse_json(line, f"{path}: line {number}", _AGAIN)
+            if not isinstance(row, dict):
+                raise ArtefactError(f"{path}: line {number}: must hold an object, {got(row)}; {_AGAIN}")
+            rows.append(row)
+    return rows
+
+
+def parse_json(text: str, where: str, cure: str, fault: Fault = ArtefactError) -> Any:
+    """The value of a JSON text."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise fault(f"{where}: is nested too deeply; {cure}") from None
+    except ValueError as error:
+        raise fault(f"{where}: is no valid JSON: {error}; {cure}") from None
+
+
+@contextlib.contextmanager
+def _told(path: Path, cure: str, fault: Fault) -> Iterator[None]:
+    try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for without end
+            raise fault(f"{path}: is no regular file; {cure}")
+        yield
+    except FileNotFoundError:
+        raise fault(f"{path}: not found; {cure}") from None
+    except UnicodeDecodeError as error:
+        raise fault(f"{path}: byte {error.start} is not UTF-8; {cure}") from None
+    except OSError as error:
+        raise fault(f"{path}: cannot be read ({error.strerror}); {cure}") from None

@@ -1,0 +1,48 @@
+"""What to lower when memory ran out: the settings that cost most of it, each with a smaller value than the present one."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from remint.core.errors import RemintError, one_line, out_of_memory
+
+
+@contextlib.contextmanager
+def explained(command: str, settings: Mapping[str, Any]) -> Iterator[None]:
+    """Tell a failed allocation, of the machine or of a GPU, in one line with what to set. Raises RemintError."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        tries = ", then ".join(_smaller(command, settings)) or "other programs must end, or the machine have more of it"
+        raise RemintError(f"{command}: memory ran out ({one_line(error)[:120]}); try {tries}") from error
+
+
+def _smaller(command: str, settings: Mapping[str, Any]) -> list[str]:
+    if command == "train":
+        return _of_training(settings["train"])
+    if command == "eval_chat":
+        return _of_evaluation(settings["eval_chat"])
+    if command == "stage_base" and settings["model"].shard_mb > 1:
+        return [f"shard_mb: {settings['model'].shard_mb // 2} in conf/model/<name>.yaml"]
+    return ["--max-new-tokens with less than now"] if command == "chat" else []
+
+
+def _of_training(train: Any) -> list[str]:
+    """What changes no value of the result comes first."""
+    tries = []
+    if not train.gradient_checkpointing:
+        tries.append("train.gradient_checkpointing=true (the same bytes)")
+    if train.quantization.kind != "none" and train.quantization.dequantize == "once":
+        tries.append("train.quantization.dequantize=each_use (the same values)")
+    if train.micro_batch > 1:
+        tries.append(f"train.micro_batch={train.micro_batch // 2} with train.accumulation={train.accumulation * 2}")
+    if train.max_length >= 16:
+        tries.append(f"train.max_length={train.max_length // 2}")
+    return tries
+
+
+def _of_evaluation(section: Any) -> list[str]:
+    tries = [f"eval_chat.batch={section.batch // 2}"] if section.batch > 1 else []
+    return tries + ([f"eval_chat.max_new_tokens={section.max_new_tokens // 2}"] if section.max_new_tokens > 1 else [])
