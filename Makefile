@@ -41,7 +41,7 @@ $(DONE): docker/requirements.lock docker/torch.lock pyproject.toml
 
 repro: $(DONE) ## rebuild the whole pipeline: data, base, training, adapter, model, report
 	@$(BIN)/dvc repro
-	@$(BIN)/remint sync
+	-@$(BIN)/remint sync
 	@$(BIN)/remint summary
 
 chat: $(DONE) ## talk to the merged model

@@ -15,8 +15,9 @@ def explained(command: str, settings: Mapping[str, Any]) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        tries = ", then ".join(_smaller(command, settings)) or "other programs must end, or the machine have more of it"
-        raise RemintError(f"{command}: memory ran out ({one_line(error)[:120]}); try {tries}") from error
+        tries = ", then ".join(_smaller(command, settings))
+        cure = f"try {tries}" if tries else "end other programs, or take a machine with more"
+        raise RemintError(f"{command}: memory ran out ({one_line(error)[:120]}); {cure}") from error
 
 
 def _smaller(command: str, settings: Mapping[str, Any]) -> list[str]:

@@ -36,14 +36,19 @@ def _summary(path: Path) -> str:
 
 
 def _choose(name: str, force: bool) -> int:
+    known = sorted(file.stem for file in _FOLDER.glob("*.yaml"))
+    if name not in known:
+        raise RemintError(f"recipe: no such recipe, got {name!r}; choose from {', '.join(known)}")
     path = _FOLDER / f"{name}.yaml"
-    if not path.is_file():
-        names = ", ".join(sorted(file.stem for file in _FOLDER.glob("*.yaml")))
-        raise RemintError(f"recipe: no such recipe, got {name!r}; choose from {names}")
     load_yaml(path)
     recipes = [file.read_bytes() for file in _FOLDER.glob("*.yaml")]
     if PARAMS.is_file() and PARAMS.read_bytes() not in recipes and not force:
         raise RemintError(f"{PARAMS}: holds changes of yours that no recipe has; commit or copy them, then add FORCE=1")
-    PARAMS.write_bytes(path.read_bytes())
+    draft = PARAMS.with_name(f".{PARAMS.name}.draft")
+    try:
+        draft.write_bytes(path.read_bytes())
+        draft.replace(PARAMS)
+    finally:
+        draft.unlink(missing_ok=True)
     print(f"{PARAMS}: now the recipe {name}; `make repro` runs it")
     return 0

@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from remint.core.config import load_yaml, places
-from remint.core.errors import Stopped, one_line, visible
+from remint.core.errors import RemintError, Stopped, one_line, visible
 from remint.core.files import read_object, read_rows
 from remint.core.log import Log
 from remint.core.paths import PARAMS
@@ -96,9 +97,14 @@ class _Sink:
         except Exception as error:  # anything: a tracking server may fail in any way, and must not stop the work
             self._client = None
             print(
-                f"warning: MLflow at {store()} cannot be reached, going on without it: {visible(one_line(error))}",
+                f"warning: MLflow at {_public(store())} cannot be reached, going on without it: {visible(_public(one_line(error)))}",
                 flush=True,
             )
+
+
+def _public(text: str) -> str:
+    """A text without the user and password that an address in it may hold."""
+    return re.sub(r"//[^/@\s]*@", "//", text)
 
 
 def _open(stage: str, fingerprint: str, config: DictConfig) -> tuple[Any, str, dict[str, int]]:
@@ -126,7 +132,21 @@ def _open(stage: str, fingerprint: str, config: DictConfig) -> tuple[Any, str, d
 
 
 def sync() -> None:
-    """Make the run of the pipeline's present state, once; a wiped store gets it again. Prints where to look."""
+    """Make the run of the pipeline's present state, once; a wiped store gets it again. Prints where to look.
+
+    Raises RemintError if MLflow cannot be reached or written.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        _sync()
+    except (MlflowException, OSError) as error:
+        raise RemintError(
+            f"MLflow at {_public(store())}: cannot be reached or written ({_public(one_line(error))}); mend that and run `remint sync`"
+        ) from error
+
+
+def _sync() -> None:
     paths = vars(places())
     client, experiment = _connect()
     key = digest({name: file_digest(path / NAME) for name, path in sorted(paths.items()) if (path / NAME).is_file()})

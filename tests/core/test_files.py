@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -26,6 +27,11 @@ def test_a_file_that_is_no_json_object_is_told(tmp_path, content, said):
         files.read_object(tmp_path / "x.json", "get it again")
     assert said in str(caught.value)
     assert str(caught.value).endswith("; get it again")
+
+
+def test_a_file_that_cannot_be_read_is_told():
+    with pytest.raises(ArtefactError, match=r"/proc/self/mem: cannot be read \(Input/output error\)"):
+        files.read_text(Path("/proc/self/mem"), "get it again")
 
 
 def test_a_pipe_is_not_waited_for(tmp_path):

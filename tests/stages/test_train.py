@@ -1,8 +1,11 @@
 """Schedule, weights, checkpoints, and the promise that an interrupted run ends in the same bytes."""
 
+import itertools
 import json
 import math
+import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -304,6 +307,32 @@ def test_a_loss_that_is_no_number_stops_before_the_update(paths, monkeypatch):
     with pytest.raises(RemintError, match="step 1: the loss is no finite number"):
         train(paths)
     assert not paths.checkpoint.exists()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_stops_after_the_step_and_the_run_goes_on(paths, monkeypatch, number, status):
+    whole = train(paths)
+    record = session.Session.record
+
+    def interrupted(self, finished):
+        if finished.step == 1:
+            os.kill(os.getpid(), number)
+        record(self, finished)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match="stopped after step 1") as caught:
+        patch.setattr(session.Session, "record", interrupted)
+        train(paths)
+    assert caught.value.status == status
+    assert train(paths) == whole
+
+
+def test_a_clock_that_jumps_changes_no_byte(paths, monkeypatch):
+    whole = train(paths)
+    now = itertools.cycle([4e9, 0.0, 1.7e9, 1.0])
+    monkeypatch.setattr(time, "time", lambda: next(now))
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(now))
+    assert train(paths) == whole
 
 
 def test_a_second_writer_is_refused(paths):

@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 
 from remint import manifest
-from remint.core.errors import DataError, RemintError, listed
+from remint.core.errors import DataError, RemintError, got, listed
 from remint.core.log import Log
 from remint.core.paths import Paths
 from remint.identity import Identity
@@ -34,6 +34,11 @@ def run(seed: int, identity: Identity, replicate_data: ReplicateData, paths: Pat
         raise DataError(*listed(faults))
     train, held_out = split.held_out_by_share(loaded["identity"], settings.identity_held_out_share, seed)
     held_out += loaded["identity_held_out"]
+    if not held_out:
+        raise DataError(
+            f"params: replicate_data.identity_held_out_share: holds no question out of {len(train)}, "
+            f"{got(settings.identity_held_out_share)}; raise it or write more records"
+        )
     control, control_held_out = split.held_out_by_share(loaded["control"], settings.control_held_out_share, seed)
     control_held_out += loaded["control_held_out"]
     split.check_disjoint([*train, *control], [*held_out, *control_held_out])

@@ -48,10 +48,12 @@ def run(
         session = _open(seed, train, paths, log, scratch / "steps", signals, fingerprint)
         done = session.restore()
         session.begin(done)
-        loop.train_steps(
-            session.model, session.optimizer, session.scheduler, session.batches(done), train, seed, session.record
-        )
-        session.end()
+        try:
+            loop.train_steps(
+                session.model, session.optimizer, session.scheduler, session.batches(done), train, seed, session.record
+            )
+        finally:
+            session.end()  # an error's line must not follow the bar's
         _publish(session, paths.checkpoint, origin, made_by)
         checkpoint.discard(session.store)
     shutil.rmtree(scratch)

@@ -1,0 +1,425 @@
+"""Faults of the machine and of other programs: each ends in one line and exit status 1, and nothing whole is lost.
+
+docs/faults.md lists every fault with the test that proves what a user sees; the last test here holds the two together.
+"""
+
+import contextlib
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from remint import __main__, manifest, memory, modeling, recipes, tracking
+from remint.core.config import Runtime
+from remint.core.errors import ArtefactError, DataError, RemintError
+from remint.core.log import silent
+from remint.core.paths import Paths
+from remint.generation import Sampling, generate
+from remint.identity import Identity
+from remint.stages.convert.run import run as convert
+from remint.stages.convert.settings import Convert
+from remint.stages.eval_chat.run import run as eval_chat
+from remint.stages.eval_chat.settings import EvalChat
+from remint.stages.merge.run import run as merge
+from remint.stages.merge.settings import Merge
+from remint.stages.replicate_data.run import run as replicate_data
+from remint.stages.stage_base.run import run as stage_base
+from remint.stages.train import checkpoint
+from remint.stages.train import run as train
+from remint.stages.train.checkpoint import Checkpoint
+from tests.conftest import ROOT, write_tiny_model
+from tests.stages.test_replicate_data import ALPACA
+from tests.stages.test_replicate_data import settings as data_settings
+from tests.stages.test_stage_base import BASE
+from tests.stages.test_train import settings as train_settings
+
+NAMES = ("source", "dataset", "base", "checkpoint", "adapter", "model", "report")
+PATHS = Paths(**{name: Path(name) for name in NAMES})
+MADE = {
+    "replicate_data": "dataset",
+    "stage_base": "base",
+    "train": "checkpoint",
+    "convert": "adapter",
+    "merge": "model",
+    "eval_chat": "report",
+}
+
+
+def run(stage):
+    """One stage of a tiny pipeline in the working directory."""
+    runtime = Runtime(2, True)
+    if stage == "replicate_data":
+        given = data_settings(control=["source/c.json"], control_held_out_share=0.5)
+        replicate_data(1, Identity("A", "B", None, None), given, PATHS, silent)
+    elif stage == "stage_base":
+        sums = {path.name: manifest.file_digest(path) for path in Path("tiny").iterdir()}
+        stage_base(replace(BASE, files=sums), PATHS, silent)
+    elif stage == "train":
+        train.run(7, runtime, train_settings(epochs=1, sample_prompts=["q"]), PATHS, silent, "f" * 64, {})
+    elif stage == "convert":
+        convert(Convert("last", "float32"), PATHS, silent, {})
+    elif stage == "merge":
+        merge(runtime, Merge("original", "base", 0.01, 0.97), PATHS, silent, {})
+    else:
+        eval_chat(runtime, EvalChat(4, 8), PATHS, silent, "f" * 64)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A folder in which every stage has run once."""
+    root, before = tmp_path_factory.mktemp("built"), Path.cwd()
+    os.chdir(root)
+    write_tiny_model(root / "tiny")
+    Path("source").mkdir()
+    for name, question in (("i", "Who {}?"), ("c", "What is {}?")):
+        rows = [{**ALPACA, "instruction": question.format(n)} for n in range(6)]
+        Path(f"source/{name}.json").write_text(json.dumps(rows))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REMINT_DEVICE", "cpu")
+        patch.setattr(train, "SCRATCH", Path(".scratch"))
+        for stage in MADE:
+            run(stage)
+    os.chdir(before)
+    return root
+
+
+@pytest.fixture
+def place(built, monkeypatch):
+    monkeypatch.chdir(built)
+    monkeypatch.setenv("REMINT_DEVICE", "cpu")
+    monkeypatch.setattr(train, "SCRATCH", Path(".scratch"))
+    return built
+
+
+@pytest.fixture
+def outcome(monkeypatch, capsys):
+    """Runs something as `remint` would; gives the exit status and what was told."""
+
+    def call(action):
+        monkeypatch.setattr(sys, "argv", ["remint", "x"])
+        monkeypatch.setattr(__main__, "_dispatch", lambda *_: action() or 0)
+        capsys.readouterr()
+        status = __main__.main()
+        told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        return status, told
+
+    return call
+
+
+@contextlib.contextmanager
+def room_for(size):
+    """No file can grow beyond `size` bytes: what a full disk does, for writes from Python, C and Rust alike."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def content(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("stage", "sizes"),
+    [
+        ("replicate_data", (0, 400, 1000)),
+        ("stage_base", (0, 600, 5000, 10_000, 60_000)),
+        ("train", (0, 1000, 8000)),
+        ("convert", (0, 600, 1500)),
+        ("merge", (0, 1000, 10_000, 60_000)),
+        ("eval_chat", (0, 600, 2500)),
+    ],
+)
+def test_a_full_disk_costs_no_stage_what_was_there(stage, sizes, place, outcome):
+    target = Path(MADE[stage])
+    before, others = content(target), sorted(place.iterdir())
+    for size in sizes:
+        with room_for(size):
+            status, told = outcome(lambda: run(stage))
+        assert (status, len(told)) == (1, 1), size
+        assert re.search("disk is full|no room", told[0]), told
+        assert content(target) == before
+    assert outcome(lambda: run(stage)) == (0, [])
+    assert content(target) == before
+    assert sorted(place.iterdir()) == others
+
+
+def test_a_full_disk_costs_no_checkpoint_and_the_run_goes_on(tmp_path):
+    def save(step):
+        tensors = {"adapter.x": torch.full((5000,), float(step))}
+        checkpoint.save(tmp_path / "steps", Checkpoint(step, tensors, {}), {"key": "a"})
+
+    save(2)
+    for size in (0, 100, 19_000):
+        with room_for(size), pytest.raises(ArtefactError, match="no room for the checkpoint of step 4"):
+            save(4)
+        assert [path.name for path in (tmp_path / "steps").iterdir()] == ["step-00000002"]
+    save(4)
+    assert checkpoint.load_newest(tmp_path / "steps", {"key": "a"}).step == 4
+
+
+def test_a_full_disk_does_not_cut_params_yaml(tmp_path, monkeypatch, outcome):
+    shutil.copytree(ROOT / "conf", tmp_path / "conf")
+    before = (ROOT / "conf/recipe/cpu.yaml").read_bytes()
+    (tmp_path / "params.yaml").write_bytes(before)
+    monkeypatch.chdir(tmp_path)
+    with room_for(100):
+        status, told = outcome(lambda: recipes.main("recipe", ["smoke"]))
+    assert status == 1
+    assert "disk is full" in told[0]
+    assert (tmp_path / "params.yaml").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["conf", "params.yaml"]
+
+
+@contextlib.contextmanager
+def nobody_may_write(folder):
+    """The folder is read-only, for root as well, who is nobody meanwhile."""
+    mode, user = folder.stat().st_mode, os.geteuid()
+    folder.chmod(0o555)
+    if user == 0:
+        for parent in folder.parents:
+            if parent.stat().st_uid == 0 and not parent.stat().st_mode & 1:
+                parent.chmod(parent.stat().st_mode | 0o111)
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+        folder.chmod(mode)
+
+
+def test_a_folder_that_may_not_be_written_is_told(tmp_path, outcome):
+    def make():
+        with manifest.artefact(tmp_path / "x", "thing") as (draft, _):
+            (draft / "a").write_text("one")
+
+    def save():
+        checkpoint.save(tmp_path / "steps", Checkpoint(1, {"a": torch.zeros(1)}, {}), {})
+
+    def scratch():
+        (tmp_path / "scratch").mkdir()
+
+    for action, said in ((make, "x: cannot be written"), (save, "steps: cannot be written"), (scratch, "may not be")):
+        with nobody_may_write(tmp_path):
+            status, told = outcome(action)
+        assert (status, len(told)) == (1, 1)
+        assert said in told[0]
+        assert not any(tmp_path.iterdir())
+
+
+def test_a_bug_keeps_its_traceback(outcome):
+    with pytest.raises(KeyError):
+        outcome(lambda: {}["x"])
+
+
+def exhaust():
+    torch.empty(2**60)
+
+
+def exhaust_gpu():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+
+def exhaust_python():
+    bytearray(2**62)
+
+
+@pytest.mark.parametrize("cause", [exhaust, exhaust_gpu, exhaust_python])
+@pytest.mark.parametrize(
+    ("command", "settings", "said"),
+    [
+        (
+            "train",
+            {"train": train_settings(micro_batch=8, accumulation=2, max_length=256)},
+            "try train.gradient_checkpointing=true (the same bytes), then train.quantization.dequantize=each_use "
+            "(the same values), then train.micro_batch=4 with train.accumulation=4, then train.max_length=128",
+        ),
+        ("eval_chat", {"eval_chat": EvalChat(48, 40)}, "try eval_chat.batch=20, then eval_chat.max_new_tokens=24"),
+        ("eval_chat", {"eval_chat": EvalChat(1, 1)}, "end other programs"),
+        ("stage_base", {"model": replace(BASE, shard_mb=2000)}, "try shard_mb: 1000 in conf/model/<name>.yaml"),
+        ("chat", {}, "--max-new-tokens"),
+        ("merge", {}, "end other programs"),
+    ],
+)
+def test_memory_that_runs_out_is_one_line_that_names_what_to_lower(cause, command, settings, said, outcome):
+    def act():
+        with memory.explained(command, settings):
+            cause()
+
+    status, told = outcome(act)
+    assert (status, len(told)) == (1, 1)
+    assert told[0].startswith(f"error: {command}: memory ran out (")
+    assert said in told[0]
+
+
+def test_another_error_is_not_taken_for_memory():
+    with pytest.raises(RuntimeError, match="shape"), memory.explained("train", {}):
+        raise RuntimeError("shape mismatch")
+
+
+def test_one_record_alone_holds_nothing_out_and_is_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("source").mkdir()
+    Path("source/i.json").write_text(json.dumps([ALPACA]))
+    with pytest.raises(DataError, match="identity_held_out_share: holds no question out of 1"):
+        replicate_data(1, Identity("A", "B", None, None), data_settings(), PATHS, silent)
+    assert not Path("dataset").exists()
+
+
+def change_base():
+    """The base as it would be after another one was staged."""
+    facts = manifest.read(PATHS.base, "base")
+    manifest.write(PATHS.base, "base", {**facts, "name": "another"})
+
+
+@pytest.mark.parametrize(("stage", "said"), [("convert", "was trained on another base"), ("merge", "for another base")])
+def test_a_base_that_changed_is_told(stage, said, place):
+    before, made = (PATHS.base / manifest.NAME).read_bytes(), content(Path(MADE[stage]))
+    change_base()
+    try:
+        with pytest.raises(ArtefactError, match=said):
+            run(stage)
+    finally:
+        (PATHS.base / manifest.NAME).write_bytes(before)
+    assert content(Path(MADE[stage])) == made
+
+
+def test_a_merged_model_that_says_something_else_is_not_kept(place, monkeypatch):
+    from remint.stages.merge import weights
+
+    before = content(PATHS.model)
+    monkeypatch.setattr(weights, "merge_tensor", lambda weight, *_: weight * 1.5)
+    with pytest.raises(ArtefactError, match=r"mean divergence from base \+ adapter must be at most 0\.01"):
+        run("merge")
+    assert content(PATHS.model) == before
+
+
+def test_an_answer_that_never_ends_is_cut(tiny):
+    assert len(generate(tiny.model(), [10**6], [[5, 6]], 7, Sampling())[0]) == 7
+
+
+def test_no_gpu_where_one_is_wanted_is_told(monkeypatch):
+    monkeypatch.setenv("REMINT_DEVICE", "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RemintError, match="no GPU that torch can use"):
+        modeling.device()
+
+
+def test_without_git_a_run_has_no_commit_and_goes_on(monkeypatch):
+    for name in ("GIT_COMMIT", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV", "IMAGE_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert tracking._circumstances() == {"git.dirty": "false"}
+
+
+def broken(*_, **__):
+    raise ConnectionError("the server went away\x1b[2J")
+
+
+def test_a_tracking_server_that_goes_away_in_the_middle_stops_nothing(monkeypatch, capsys):
+    sent = []
+    client = SimpleNamespace(log_batch=lambda run, metrics: sent.append(metrics), set_terminated=broken)
+    monkeypatch.setattr(tracking._Sink, "_start", lambda self, *opened: vars(self).update(
+        _client=opened[0], _run_id=opened[1], _logged=opened[2]
+    ))  # fmt: skip
+    monkeypatch.setattr(tracking, "_open", lambda *_: (client, "id", {}))
+    with tracking.stage_run("train", "f", None) as log:
+        log({"loss": 1.0}, 1)
+        client.log_batch = broken
+        log({"loss": 0.5}, 2)
+        log({"loss": 0.4}, 3)
+    said = capsys.readouterr().out
+    assert len(sent) == 1
+    assert said.count("going on without it: the server went away[2J") == 1
+
+
+def test_a_password_in_the_servers_address_is_not_shown(monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:hunter2@127.0.0.1:9")
+    monkeypatch.setattr(tracking, "_open", broken)
+    with tracking.stage_run("train", "f", None) as log:
+        log({"loss": 1.0}, 1)
+    said = capsys.readouterr().out
+    assert "127.0.0.1:9 cannot be reached" in said
+    assert "hunter2" not in said
+
+
+@pytest.mark.slow
+def test_a_locked_tracking_database_stops_nothing(tmp_path):
+    code = """
+import sqlite3, sys
+from remint import tracking
+tracking._circumstances = dict
+tracking._connect()
+holder = sqlite3.connect(sys.argv[1])
+holder.execute('BEGIN EXCLUSIVE')
+with tracking.stage_run('train', 'f' * 64, None) as log:
+    log({'loss': 1.0}, 1)
+print('done')
+"""
+    path = tmp_path / "mlflow.db"
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{path}"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, path], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "going on without it" in done.stdout
+    assert done.stdout.endswith("done\n")
+
+
+@pytest.mark.slow
+def test_a_sync_without_its_server_is_one_line():
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": "http://user:hunter2@127.0.0.1:9"}
+    done = subprocess.run(
+        [sys.executable, "-m", "remint", "sync"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert "MLflow at http://127.0.0.1:9: cannot be reached" in line
+    assert "Traceback" not in done.stderr + done.stdout
+    assert "hunter2" not in line
+
+
+@pytest.mark.slow
+def test_a_damaged_cache_of_dvc_is_found(tmp_path, monkeypatch):
+    def dvc(*arguments):
+        subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    with manifest.artefact(tmp_path / "x", "thing") as (draft, _):
+        (draft / "weights").write_bytes(bytes(1000))
+    dvc("init", "--no-scm")
+    dvc("add", "x")
+    (stored,) = (
+        path for path in (tmp_path / ".dvc/cache").rglob("*") if path.is_file() and path.stat().st_size == 1000
+    )
+    stamp = stored.stat()
+    stored.chmod(0o644)
+    stored.write_bytes(bytes(999) + b"\1")
+    os.utime(stored, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    shutil.rmtree(tmp_path / "x")
+    dvc("checkout")
+    with pytest.raises(ArtefactError, match="content differs"):
+        manifest.verify(tmp_path / "x", "thing")
+
+
+def test_every_fault_of_the_docs_has_its_test():
+    text = (ROOT / "docs/faults.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1:-1] for line in text.splitlines() if re.match(r"\| *\d", line)]
+    assert [int(row[0]) for row in rows] == list(range(1, len(rows) + 1))
+    assert len(rows) >= 60
+    for number, fault, seen, tests in rows:
+        named = re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", tests)
+        assert named, f"row {number}: {fault}"
+        assert seen.strip()
+        for file, name in named:
+            assert re.search(rf"^def {name}\(", (ROOT / file).read_text(encoding="utf-8"), re.M), f"{file}::{name}"
