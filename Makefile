@@ -1,12 +1,13 @@
 # Bare `make` lists the targets. Each makes the environment first if it is not there yet.
 .DEFAULT_GOAL := help
-.PHONY: help setup repro chat ui recipes recipe status metrics plots experiments test test-quick lint format lock sbom audit clean verify reproduce sign
+.PHONY: help setup repro chat ui recipes recipe status metrics plots experiments test test-quick fuzz lint format lock sbom audit clean verify reproduce sign
 
 SHELL := /bin/sh
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 PORT ?= 5000
+MINUTES ?= 10
 DONE := $(VENV)/.complete
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Tools that look after the lock files have an environment of their own, so that they are no part of what trains.
@@ -86,6 +87,10 @@ test: $(DONE) ## the quick suite, then the pipeline end to end on a tiny real mo
 
 test-quick: $(DONE) ## the quick suite alone
 	$(BIN)/python -m pytest -q -m "not slow"
+
+fuzz: $(DONE) ## feed every reader spoilt input, new each time (MINUTES=10)
+	@end=$$(($$(date +%s) + 60 * $(MINUTES))); while [ $$(date +%s) -lt $$end ]; do \
+		FUZZ_EXAMPLES=500 $(BIN)/python -m pytest -q tests/fuzz || exit 1; done
 
 lint: $(DONE) ## style and types
 	$(BIN)/ruff check .

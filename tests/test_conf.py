@@ -189,6 +189,11 @@ def test_no_setting_can_carry_a_secret_of_the_environment(where, workplace, monk
 @pytest.mark.parametrize(
     ("stage", "override", "said"),
     [
+        ("train", "paths=", "paths: must be a section with settings of its own, got ''"),
+        ("train", "train.lora=4", "train.lora"),
+        ("train", "~train.lr", "Error merging override ~train.lr"),
+        ("train", "~train", "train"),
+        ("train", "~seed", "seed"),
         ("train", "seed=-1", "seed: must be between 0 and 4294967295, got -1"),
         ("train", "train.system='\udcff'", "UTF-8 can hold"),
         ("train", "paths.dataset=data", "paths.base: must share no folder with paths.dataset"),

@@ -112,7 +112,9 @@ def rewrite(folder, change):
     path.write_text(json.dumps(content | {"sha256": manifest.digest(content)}))
 
 
-@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "sub/../../secret", "", ".", "a\n.txt", "\x1b[2J"])
+@pytest.mark.parametrize(
+    "name", ["../secret", "/etc/passwd", "sub/../../secret", "", ".", "a\n.txt", "\x1b[2J", "x" * 300, "x/" * 3000]
+)
 def test_a_manifest_cannot_name_what_lies_outside(tmp_path, name):
     (tmp_path / "secret").write_text("s")
     make(tmp_path / "x")

@@ -62,6 +62,7 @@ def test_a_header_longer_than_the_file_is_refused(tmp_path, length):
         ('{"weight_map": {"a": "/etc/passwd"}}', "no plain file name"),
         ('{"weight_map": {"a": "x\\u001b[2J"}}', "no plain file name"),
         ('{"weight_map": {"a": ""}}', "no plain file name|missing"),
+        ('{"weight_map": {"a": "' + "x" * 300 + '"}}', "no plain file name"),
         ('{"weight_map": {"a": ".."}}', "no plain file name|missing"),
     ],
 )

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from remint.core.config import check, is_encodable
+from remint.core.config import check
 from remint.core.errors import ArtefactError, got
 from remint.core.files import read_object, read_rows
 from remint.manifest import dump_json
@@ -135,16 +135,9 @@ def load(folder: Path) -> Conversation:
     try:
         fields = content["template"]
         turns = {role: Turn(**fields[role]) for role in ROLES}
-        plain = [
-            fields["bos"],
-            fields["end"],
-            *fields["stop"],
-            content["system"],
-            *(v for t in turns.values() for v in vars(t).values()),
-        ]
-        if not isinstance(fields["stop"], list) or not all(
-            isinstance(text, str) and is_encodable(text) for text in plain
-        ):
+        markup = (text for turn in turns.values() for text in (turn.before, turn.after))
+        plain = [fields["bos"], fields["end"], *fields["stop"], content["system"], *markup]
+        if not isinstance(fields["stop"], list) or not all(isinstance(text, str) for text in plain):
             raise TypeError("a field that is no text")
         return Conversation(Template(**{**fields, **turns}), content["system"])
     except (KeyError, TypeError) as error:
@@ -167,10 +160,7 @@ def _is_conversation(messages: Any) -> bool:
         bool(messages)
         and isinstance(messages, list)
         and all(
-            isinstance(message, dict)
-            and message.get("role") in ROLES
-            and isinstance(message.get("content"), str)
-            and is_encodable(message["content"])
+            isinstance(message, dict) and message.get("role") in ROLES and isinstance(message.get("content"), str)
             for message in messages
         )
     )

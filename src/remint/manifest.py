@@ -6,11 +6,11 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from remint.core.errors import ArtefactError, got, listed, no_right, no_room
-from remint.core.files import read_object
+from remint.core.files import is_inside, read_object
 from remint.core.lock import held
 
 NAME = "manifest.json"
@@ -146,10 +146,8 @@ def _load(folder: Path, kind: str) -> dict[str, Any]:
 def _is_entry(entry: tuple[str, Any]) -> bool:
     """Whether a manifest's line names a file inside its folder, with a size and a sha256."""
     name, recorded = entry
-    parts = PurePosixPath(name).parts
-    inside = bool(parts) and name.isprintable() and not name.startswith("/") and ".." not in parts
     return (
-        inside
+        is_inside(name)
         and isinstance(recorded, dict)
         and type(recorded.get("bytes")) is int
         and isinstance(recorded.get("sha256"), str)

@@ -30,6 +30,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # add the name and run `make recipe NAME=smoke && make repro` with such a model.
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 _MOST_LAYERS = 1000
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 @dataclass(frozen=True)
@@ -115,10 +116,17 @@ def understood(where: Path, what: str) -> Iterator[None]:
         raise ArtefactError(f"{where}: {what} ({one_line(error)}); get it again from where it came from") from error
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The fast tokenizer of an artefact."""
-    with understood(folder, "has no tokenizer that can be read"):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+def load_tokenizer(folder: Path, gguf: str | None = None) -> Any:
+    """The tokenizer of an artefact or, with `gguf`, of that file in the folder. Raises ArtefactError if it cannot be used."""
+    for name in _TOKENIZER_FILES:
+        if gguf is None and (folder / name).exists():
+            read_object(folder / name, "get the file again")
+    with understood(folder, "has no tokenizer that can be read; tokenizer.json must hold one"):
+        found = AutoTokenizer.from_pretrained(folder, gguf_file=gguf, trust_remote_code=False, local_files_only=True)
+        # Some of its settings are looked at only when it is used, one of them for a token that it does not know.
+        found.decode(found.encode("a", add_special_tokens=False))
+        found.convert_tokens_to_ids("no token of anybody's")
+    return found
 
 
 def load_model(folder: Path, dtype: torch.dtype, where: torch.device) -> Any:

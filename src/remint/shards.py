@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from remint.core.errors import ArtefactError, one_line
-from remint.core.files import read_object
+from remint.core.files import is_inside, read_object
 from remint.manifest import dump_json
 
 INDEX = "model.safetensors.index.json"
@@ -30,7 +30,7 @@ def files(folder: Path, single: str = SINGLE) -> list[Path]:
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ArtefactError(f"{index}: is no index of shards; get the file again")
     names = sorted(set(weight_map.values()))
-    wrong = [name for name in names if Path(name).name != name or not name.isprintable()]
+    wrong = [name for name in names if Path(name).name != name or not is_inside(name)]
     missing = [name for name in names if name not in wrong and not (folder / name).is_file()]
     if wrong or missing:
         raise ArtefactError(

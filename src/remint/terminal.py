@@ -12,8 +12,9 @@ import torch
 
 from remint import chat, modeling
 from remint.chat import Message
-from remint.core.config import check, is_encodable, places
+from remint.core.config import check, places
 from remint.core.errors import RemintError, got, visible
+from remint.core.files import is_encodable
 from remint.generation import Sampling, Streamer, decode, generate
 
 _HELP = """\

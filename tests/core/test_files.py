@@ -18,8 +18,9 @@ from remint.core.errors import ArtefactError, DataError, RemintError, got
         (b"[" * 100_000, "nested too deeply"),
         (b"9" * 5000, "no valid JSON"),
         (b"[1]", "must hold an object, got [1]"),
+        (b'{"a": ["\\uD800"]}', "half of a surrogate pair"),
     ],
-    ids=["cut", "bytes", "nested", "number", "list"],
+    ids=["cut", "bytes", "nested", "number", "list", "surrogate"],
 )
 def test_a_file_that_is_no_json_object_is_told(tmp_path, content, said):
     (tmp_path / "x.json").write_bytes(content)
@@ -44,7 +45,7 @@ def test_a_file_beyond_the_limit_is_not_read(tmp_path):
     with (tmp_path / "x.json").open("wb") as file:
         file.truncate(300 << 20)  # sparse: takes no room
     with pytest.raises(ArtefactError, match="at most 256 MiB, got 300 MiB"):
-        files.read_json(tmp_path / "x.json")
+        files.read_object(tmp_path / "x.json")
 
 
 def test_only_a_line_feed_ends_a_row(tmp_path):

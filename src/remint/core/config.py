@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from remint.core.errors import SettingsError, got, one_line
-from remint.core.files import read_text
+from remint.core.files import is_encodable, read_text
 from remint.core.paths import CONF, PARAMS, Paths
 
 # Arguments of `run` that are not settings of the stage itself.
@@ -108,15 +108,6 @@ def places() -> Paths:
     return compose(wanted)["paths"]
 
 
-def is_encodable(text: str) -> bool:
-    """Whether UTF-8 can hold the text: half a surrogate pair can come from a file or a terminal and cannot be written."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def to_objects(run: Callable[..., None], config: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
     """Turn the composed configuration into the typed arguments of `run`; their own range checks happen here.
 
@@ -130,7 +121,7 @@ def to_objects(run: Callable[..., None], config: DictConfig, overrides: Sequence
     faults: list[str] = []
     for name, kind in sections(run).items():
         try:
-            value = _build(kind, container[name])
+            value = _build(kind, container.get(name), name)
             if not is_dataclass(kind) and type(value) is not kind:
                 raise SettingsError(f"{name}: must be {kind.__name__}, {got(value)}")
             if name == "seed" and not 0 <= value < 2**32:
@@ -165,16 +156,18 @@ def _schema(kind: Any) -> type:
     return make_dataclass(kind.__name__, twins)
 
 
-def _build(section: Any, value: Any) -> Any:
+def _build(section: Any, value: Any, where: str) -> Any:
     """The settings object of a composed section; nested sections first, each with its own range checks."""
     if not is_dataclass(section):
         return value
+    if not isinstance(value, dict):
+        raise SettingsError(f"{where}: must be a section with settings of its own, {got(value)}")
     kind: Any = section
     faults: list[str] = []
     fields: dict[str, Any] = {}
     for name, hint in get_type_hints(kind).items():
         try:
-            fields[name] = _build(hint, value[name])
+            fields[name] = _build(hint, value[name], f"{where}.{name}")
         except SettingsError as error:
             faults += error.faults
     if not faults:

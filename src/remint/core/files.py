@@ -3,7 +3,7 @@
 import contextlib
 import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from remint.core.errors import ArtefactError, RemintError, got
@@ -22,17 +22,9 @@ def read_text(path: Path, cure: str, fault: Fault = ArtefactError, limit: int = 
         return path.read_text(encoding="utf-8-sig")
 
 
-def read_json(path: Path, cure: str = _AGAIN, fault: Fault = ArtefactError) -> Any:
-    """The content of a JSON file. Raises `fault` with a line that ends in `cure`."""
-    return parse_json(read_text(path, cure, fault), str(path), cure, fault)
-
-
 def read_object(path: Path, cure: str = _AGAIN) -> dict[str, Any]:
     """The content of a JSON file that holds an object. Raises ArtefactError."""
-    content = read_json(path, cure)
-    if not isinstance(content, dict):
-        raise ArtefactError(f"{path}: must hold an object, {got(content)}; {cure}")
-    return content
+    return _object(read_text(path, cure), str(path), cure)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -40,11 +32,18 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     rows = []
     with _told(path, _AGAIN, ArtefactError), path.open(encoding="utf-8", newline="\n") as file:
         for number, line in enumerate(file, start=1):
-            row = parse_json(line, f"{path}: line {number}", _AGAIN)
-            if not isinstance(row, dict):
-                raise ArtefactError(f"{path}: line {number}: must hold an object, {got(row)}; {_AGAIN}")
-            rows.append(row)
+            rows.append(_object(line, f"{path}: line {number}", _AGAIN))
     return rows
+
+
+def _object(text: str, where: str, cure: str) -> dict[str, Any]:
+    content = parse_json(text, where, cure)
+    if not isinstance(content, dict):
+        raise ArtefactError(f"{where}: must hold an object, {got(content)}; {cure}")
+    # Only an escape can bring half of a surrogate pair, which nothing could write or show.
+    if "\\ud" in text.lower() and not is_encodable(json.dumps(content, ensure_ascii=False)):
+        raise ArtefactError(f"{where}: holds half of a surrogate pair; {cure}")
+    return content
 
 
 def parse_json(text: str, where: str, cure: str, fault: Fault = ArtefactError) -> Any:
@@ -55,6 +54,22 @@ def parse_json(text: str, where: str, cure: str, fault: Fault = ArtefactError) -
         raise fault(f"{where}: is nested too deeply; {cure}") from None
     except ValueError as error:
         raise fault(f"{where}: is no valid JSON: {error}; {cure}") from None
+
+
+def is_inside(name: str) -> bool:
+    """Whether a name that others wrote is one of a file in a folder or below it, and one that a disk can hold."""
+    parts = PurePosixPath(name).parts
+    short = name.isprintable() and all(len(part.encode()) <= 255 for part in parts) and len(name.encode()) <= 1000
+    return bool(parts) and short and not name.startswith("/") and ".." not in parts
+
+
+def is_encodable(text: str) -> bool:
+    """Whether UTF-8 can hold the text: half of a surrogate pair can come from an escape or a terminal."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

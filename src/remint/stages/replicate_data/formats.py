@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from remint.core.config import is_encodable
 from remint.core.errors import DataError, got, listed
-from remint.core.files import parse_json, read_text
+from remint.core.files import is_encodable, parse_json, read_text
 from remint.identity import mentions
 
 Messages = list[dict[str, str]]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from remint import internlm2, modeling, shards, torch_files
 from remint.core.errors import ArtefactError, got
@@ -62,12 +62,10 @@ def read_tokenizer(folder: Path, gguf: str | None) -> Any:
 
     InternLM2 brings a SentencePiece model and code of its own that reads it: the model is turned into a fast tokenizer.
     """
-    with modeling.understood(folder, "has no tokenizer that can be read; tokenizer.json must hold one"):
-        if gguf is None and _brings_sentencepiece(folder):
+    if gguf is None and _brings_sentencepiece(folder):
+        with modeling.understood(folder, "has no tokenizer that can be read; tokenizer.model must hold one"):
             return sentencepiece_model.read(folder)
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, gguf_file=gguf, trust_remote_code=False, local_files_only=True
-        )
+    tokenizer = modeling.load_tokenizer(folder, gguf)
     if not tokenizer.is_fast:
         raise ArtefactError(
             f"{folder}: must bring a fast tokenizer, got {type(tokenizer).__name__}; add tokenizer.json"
@@ -161,7 +159,7 @@ def write_tokenizer(tokenizer: Any, folder: Path, draft: Path) -> None:
     tokenizer.save_pretrained(draft)
     path = draft / "tokenizer_config.json"
     content = read_object(path)
-    for key in ("is_local", "local_files_only", "name_or_path", "auto_map", "chat_template"):
+    for key in ("is_local", "local_files_only", "name_or_path", "auto_map"):
         content.pop(key, None)
     path.write_text(dump_json(content), encoding="utf-8")
     if _brings_sentencepiece(folder):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from remint.chat import Template
 from remint.core.config import check
 from remint.core.errors import visible
+from remint.core.files import is_inside
 
 SOURCES = ("local_folder", "hub", "package_index")
 
@@ -29,7 +30,7 @@ class Model:
         pinned = re.fullmatch(r"[0-9a-f]{40}", self.revision or "") is not None
         package = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.+!_-]*", self.location) is not None
         bad_sums = {name: value for name, value in self.files.items() if not re.fullmatch(r"[0-9a-f]{64}", value)}
-        bad_names = [name for name in self.files if not _is_inside(name)]
+        bad_names = [name for name in self.files if not is_inside(name)]
         member = self.member or ""
         check(
             "model",
@@ -39,7 +40,7 @@ class Model:
             (self.source != "hub" or pinned, "revision", self.revision, "must be a commit of 40 hexadecimal digits"),
             (self.source != "package_index" or package, "location", self.location, "must be pinned as name==version"),
             (
-                self.source != "package_index" or (_is_inside(member) and member.endswith(".gguf")),
+                self.source != "package_index" or (is_inside(member) and member.endswith(".gguf")),
                 "member",
                 self.member,
                 "must name the GGUF in the wheel",
@@ -59,8 +60,3 @@ class Model:
 def _is_line(text: str) -> bool:
     """Whether a text can stand in a model card's header."""
     return bool(text.strip()) and text == visible(text) and len(text.splitlines()) == 1
-
-
-def _is_inside(name: str) -> bool:
-    """Whether a name is one of a file inside the source."""
-    return bool(name) and name.isprintable() and not name.startswith("/") and ".." not in name.split("/")
