@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from bitsandbytes.functional import dequantize_4bit
 
-PARTS = 8
+GROUP = 8
 
 
 def mask(like, p, seed):
@@ -22,7 +22,9 @@ def dropped(x, p, seed):
 
 def fill(wide, value, low, p, seed):
     wide[:, : value.shape[1]] = value
-    wide[:, value.shape[1] :] = dropped(value, p, seed) @ low.T
+    lows = dropped(value, p, seed) @ low.T
+    wide[:, value.shape[1] :] = lows
+    return lows
 
 
 def unfill(dwide, low, p, seed):
@@ -34,8 +36,7 @@ def unfill(dwide, low, p, seed):
 def normed(x, delta, weight, eps, wide, low, p, seed):
     total = x if delta is None else x + delta
     rstd = torch.rsqrt(total.float().square().mean(1) + eps)
-    fill(wide, (total.float() * rstd[:, None] * weight.float()).to(x.dtype), low, p, seed)
-    return total, rstd
+    return total, rstd, fill(wide, (total.float() * rstd[:, None] * weight.float()).to(x.dtype), low, p, seed)
 
 
 def normed_back(dwide, low, total, rstd, weight, dtotal, p, seed):
@@ -43,20 +44,21 @@ def normed_back(dwide, low, total, rstd, weight, dtotal, p, seed):
     gradient = unfill(dwide, low, p, seed) * weight.float()
     dx = rstd[:, None] * (gradient - unit * (gradient * unit).mean(1, keepdim=True))
     dx = dx if dtotal is None else dx + dtotal.float()
-    return dx.to(total.dtype), dropped((unit * weight.float()).to(total.dtype), p, seed)
+    value = dropped((unit * weight.float()).to(total.dtype), p, seed)
+    return dx.to(total.dtype), product(dwide[:, low.shape[1] :].T, value)
 
 
 def copied(x, wide, low, p, seed):
-    fill(wide, x, low, p, seed)
+    return fill(wide, x, low, p, seed)
 
 
 def copied_back(dwide, low, x, p, seed):
-    return unfill(dwide, low, p, seed).to(x.dtype), dropped(x, p, seed)
+    return unfill(dwide, low, p, seed).to(x.dtype), product(dwide[:, low.shape[1] :].T, dropped(x, p, seed))
 
 
 def gated(both, wide, low, p, seed):
     gate, up = both.float().chunk(2, 1)
-    fill(wide, (F.silu(gate) * up).to(both.dtype), low, p, seed)
+    return fill(wide, (F.silu(gate) * up).to(both.dtype), low, p, seed)
 
 
 def gated_back(dwide, low, both, p, seed):
@@ -64,11 +66,20 @@ def gated_back(dwide, low, both, p, seed):
     gradient = unfill(dwide, low, p, seed)
     sigmoid, silu = torch.sigmoid(gate), F.silu(gate)
     dgate = gradient * up * (sigmoid + silu * (1 - sigmoid))
-    return torch.cat([dgate, gradient * silu], 1).to(both.dtype), dropped((silu * up).to(both.dtype), p, seed)
+    value = dropped((silu * up).to(both.dtype), p, seed)
+    return torch.cat([dgate, gradient * silu], 1).to(both.dtype), product(dwide[:, low.shape[1] :].T, value)
 
 
-def unpacked(weight, out):
-    out.copy_(dequantize_4bit(weight, weight.quant_state))
+def product(a, b):
+    return a @ b
+
+
+def unpacked(weights, ups, out):
+    rank = ups[0].shape[1]
+    width = out.shape[1] - len(ups) * rank
+    for index, (rows, weight, up) in enumerate(zip(out.split([len(u) for u in ups]), weights, ups, strict=True)):
+        rows[:, :width] = dequantize_4bit(weight, weight.quant_state)
+        rows[:, width + index * rank : width + (index + 1) * rank] = up.detach()
 
 
 def rotated(source, target, cosines, sines, heads, backward):

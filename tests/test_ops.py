@@ -24,9 +24,12 @@ def same_masks(monkeypatch):
         ones = torch.ones_like(like, dtype=torch.float32)
         if p == 0:
             return ones
-        wide, out = ones.new_empty(len(ones), ones.shape[1] + RANK), torch.empty_like(ones)
-        ops._launch(ops._copied, ones, ones.shape[1], ones, wide, out, wide.stride(0), seed, 1 / (1 - p), p=p)
-        return out
+        wide, out, row = ones.new_empty(len(ones), ones.shape[1]), torch.empty_like(ones), ones[0]
+        ops._launch(
+            ops._normed, ones, ones.shape[1], ones, ones, row, ones, wide, out, ones[:, 0].clone(), wide.stride(0), seed,
+            0.0, 1.0, p=p, HAS_DELTA=False,
+        )  # fmt: skip
+        return (out != 0) / (1 - p)
 
     monkeypatch.setattr(plain_ops, "mask", mask)
     torch.manual_seed(0)
@@ -48,7 +51,7 @@ def both(name, *arguments, filled=None):
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize(("rows", "width"), [(5, 48), (3, 320)])
+@pytest.mark.parametrize(("rows", "width"), [(5, 48), (3, 320), (140, 72)])
 def test_each_operation_and_its_gradient(rows, width, p):
     x, delta, weight, low = randn(rows, width), randn(rows, width), randn(width), randn(RANK, width)
     wide, pair = randn(rows, width + RANK), randn(rows, 2 * width)
@@ -68,16 +71,20 @@ def test_each_operation_and_its_gradient(rows, width, p):
             assert torch.allclose(ours, theirs, atol=1e-3, rtol=1e-5)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_four_bit_weights_come_out_with_the_bits_of_bitsandbytes(kind, double):
-    weight = randn(96, 128)
-    packed, state = quantize_4bit(weight, blocksize=64, compress_statistics=double, quant_type=kind)
-    packed.quant_state = state
-    out = randn(96, 136)
+def test_four_bit_weights_come_out_with_the_bits_of_bitsandbytes(kind, double, count):
+    weights = []
+    for rows in (64, 32, 96)[:count]:
+        packed, state = quantize_4bit(randn(rows, 192), blocksize=64, compress_statistics=double, quant_type=kind)
+        packed.quant_state = state
+        weights.append(packed)
+    ups = [randn(len(weight) * 2 // 192, RANK) for weight in weights]
+    out = randn(sum(map(len, ups)), 192 + count * RANK)
     ours, theirs = out.clone(), out.clone()
-    ops.unpacked(packed, ours[:, :128])
-    plain_ops.unpacked(packed, theirs[:, :128])
+    ops.unpacked(weights, ups, ours)
+    plain_ops.unpacked(weights, ups, theirs)
     assert torch.equal(ours, theirs)
 
 

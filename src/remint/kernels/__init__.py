@@ -3,7 +3,7 @@
 from typing import Any
 
 from remint.kernels import adapted
-from remint.kernels.head import head_loss
+from remint.kernels.head import has_triton, head_loss
 
 __all__ = ["head_loss", "install"]
 
@@ -13,8 +13,8 @@ def install(model: Any) -> Any:
 
     Returns the `blocks.Decoder` that training shall call instead of the model, or None where there is none for it.
     """
-    if next(model.parameters()).device.type == "cuda":
-        from remint.kernels import blocks  # needs Triton, which comes with torch's CUDA builds alone
+    if next(model.parameters()).device.type == "cuda" and has_triton():
+        from remint.kernels import blocks
 
         if blocks.fits(model):
             return blocks.Decoder(model)

@@ -22,6 +22,14 @@ _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
 
 
+@dataclass
+class Scratch:
+    """A matrix that groups of one shape share, and the group whose values are in it."""
+
+    matrix: torch.Tensor
+    owner: "Group | None" = None
+
+
 class Group:
     """Linear layers with LoRA that read one input of K columns, as one product of N = N₁ + N₂ + … columns.
 
@@ -29,7 +37,7 @@ class Group:
     weights in full size become views of it; 4-bit ones are unpacked into `scratch`, which groups of one shape share.
     """
 
-    def __init__(self, layers: Sequence[LoraLayer], scratch: dict[tuple[int, int], torch.Tensor], dtype: torch.dtype):
+    def __init__(self, layers: Sequence[LoraLayer], scratch: dict[tuple[int, int], Scratch], dtype: torch.dtype):
         (name,) = layers[0].active_adapters
         self.bases: list[Any] = [layer.base_layer for layer in layers]
         self.down = [layer.lora_A[name].weight for layer in layers]
@@ -43,12 +51,11 @@ class Group:
         where = self.down[0].device
         if self.packed:
             if shape not in scratch:
-                scratch[shape] = torch.empty(shape, dtype=dtype, device=where)
-            self._matrix = scratch[shape]
-            self.tail = torch.zeros(shape[0], shape[1] - self.width, dtype=dtype, device=where)
+                scratch[shape] = Scratch(torch.zeros(shape, dtype=dtype, device=where))
+            self._scratch = scratch[shape]
+            self._matrix = self._scratch.matrix
         else:
             self._matrix = torch.zeros(shape, dtype=dtype, device=where)
-            self.tail = self._matrix[:, self.width :]
             for base, rows in zip(self.bases, self._matrix.split(self.sizes), strict=True):
                 rows[:, : self.width] = base.weight
                 base.weight = nn.Parameter(rows[:, : self.width], requires_grad=False)
@@ -60,19 +67,21 @@ class Group:
         """All A, then all B, in the order of their gradients."""
         return (*self.down, *self.up)
 
-    def places(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Where each LoRA matrix belongs in this group's tensors, and the matrix."""
-        parts = zip(self.tail.split(self.sizes), self.low.split(self.rank), self.up, self.down, strict=True)
-        for index, (rows, low, up, down) in enumerate(parts):
-            yield rows[:, index * self.rank : (index + 1) * self.rank], up
-            yield low, down
+    def lows(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Where each A belongs in `low`, and A."""
+        yield from zip(self.low.split(self.rank), self.down, strict=True)
+
+    def ups(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Where each B belongs in a matrix of full size, and B."""
+        for index, (rows, up) in enumerate(zip(self._matrix.split(self.sizes), self.up, strict=True)):
+            first = self.width + index * self.rank
+            yield rows[:, first : first + self.rank], up
 
     def matrix(self) -> torch.Tensor:
         """The product's matrix, good until another group of this shape is asked for its own."""
-        if self.packed:
-            for base, rows in zip(self.bases, self._matrix.split(self.sizes), strict=True):
-                ops.unpacked(base.weight, rows[:, : self.width])
-            self._matrix[:, self.width :] = self.tail
+        if self.packed and self._scratch.owner is not self:
+            self._scratch.owner = self
+            ops.unpacked([base.weight for base in self.bases], self.up, self._matrix)
         return self._matrix
 
     def wide(self, like: torch.Tensor) -> torch.Tensor:
@@ -88,18 +97,10 @@ class Group:
         """The gradient of `wide`."""
         return dy @ self.matrix()
 
-    def gradients(
-        self, dy: torch.Tensor, dwide: torch.Tensor, low: torch.Tensor, dropped: torch.Tensor
-    ) -> list[torch.Tensor]:
-        """Gradients of `parameters`, fp32; `low` are the last columns of `wide`, `dropped` its others after dropout."""
+    def gradients(self, dy: torch.Tensor, low: torch.Tensor, dlow: torch.Tensor) -> list[torch.Tensor]:
+        """Gradients of `parameters`, fp32; `low` are the last columns of `wide`, `dlow` is the gradient of `self.low`."""
         columns = zip(dy.split(self.sizes, 1), low.split(self.rank, 1), strict=True)
-        downs = (_product(dwide[:, self.width :].T, dropped) * self.scale).split(self.rank)
-        return [*downs, *(_product(part.T, column) for part, column in columns)]
-
-
-def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a b in fp32, also of factors in half of that."""
-    return torch.mm(a, b, out_dtype=torch.float32) if a.dtype.itemsize == 2 else torch.mm(a, b)
+        return [*(dlow * self.scale).split(self.rank), *(ops.product(part.T, column) for part, column in columns)]
 
 
 @dataclass(frozen=True)
@@ -126,9 +127,9 @@ class _NormedProduct(torch.autograd.Function):
         ctx: Any, x: Any, delta: Any, group: Group, norm: Any, heads: Heads | None, p: float, seed: int, *_: Any
     ) -> Any:
         wide = group.wide(x)
-        total, rstd = ops.normed(x, delta, norm.weight, norm.variance_epsilon, wide, group.low, p, seed)
+        total, rstd, low = ops.normed(x, delta, norm.weight, norm.variance_epsilon, wide, group.low, p, seed)
         y = group(wide)
-        ctx.save_for_backward(total, rstd, wide[:, group.width :].clone())
+        ctx.save_for_backward(total, rstd, low)
         ctx.known = group, norm, heads, p, seed, delta is not None
         ctx.set_materialize_grads(False)
         return total, heads.turn(y) if heads else y
@@ -141,8 +142,8 @@ class _NormedProduct(torch.autograd.Function):
         # In place: attention, its only reader, has made it for this function alone.
         dy = heads.turn(dy, backward=True) if heads else dy
         dwide = group.back(dy)
-        dx, dropped = ops.normed_back(dwide, group.low, total, rstd, norm.weight, dtotal, p, seed)
-        rest = group.gradients(dy, dwide, low, dropped)
+        dx, dlow = ops.normed_back(dwide, group.low, total, rstd, norm.weight, dtotal, p, seed)
+        rest = group.gradients(dy, low, dlow)
         return dx, dx if has_delta else None, None, None, None, None, None, *rest
 
 
@@ -152,9 +153,9 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Any, group: Group, is_gated: bool, p: float, seed: int, *_: Any) -> Any:
         wide = group.wide(x)
-        (ops.gated if is_gated else ops.copied)(x, wide, group.low, p, seed)
+        low = (ops.gated if is_gated else ops.copied)(x, wide, group.low, p, seed)
         y = group(wide)
-        ctx.save_for_backward(x, wide[:, group.width :].clone())
+        ctx.save_for_backward(x, low)
         ctx.known = group, is_gated, p, seed
         return y
 
@@ -164,8 +165,8 @@ class _Product(torch.autograd.Function):
         x, low = ctx.saved_tensors
         group, is_gated, p, seed = ctx.known
         dwide = group.back(dy)
-        dx, dropped = (ops.gated_back if is_gated else ops.copied_back)(dwide, group.low, x, p, seed)
-        return dx, None, None, None, None, *group.gradients(dy, dwide, low, dropped)
+        dx, dlow = (ops.gated_back if is_gated else ops.copied_back)(dwide, group.low, x, p, seed)
+        return dx, None, None, None, None, *group.gradients(dy, low, dlow)
 
 
 class _Mixed(torch.autograd.Function):
@@ -201,7 +202,7 @@ class _Picked(torch.autograd.Function):
 class Layer:
     """One decoder layer: takes and returns the residual stream as two summands, whose sum the next norm makes."""
 
-    def __init__(self, layer: Any, scratch: dict[tuple[int, int], torch.Tensor], dtype: torch.dtype):
+    def __init__(self, layer: Any, scratch: dict[tuple[int, int], Scratch], dtype: torch.dtype):
         own, mlp = layer.self_attn, layer.mlp
         self.norms = layer.input_layernorm, layer.post_attention_layernorm
         self.qkv = Group([own.q_proj, own.k_proj, own.v_proj], scratch, dtype)
@@ -233,15 +234,20 @@ class Decoder:
         self.model = model
         self.body = model.get_base_model().model
         dtype = self.body.embed_tokens.weight.dtype
-        scratch: dict[tuple[int, int], torch.Tensor] = {}
-        self.layers = [Layer(layer, scratch, dtype) for layer in self.body.layers]
+        self.scratch: dict[tuple[int, int], Scratch] = {}
+        self.layers = [Layer(layer, self.scratch, dtype) for layer in self.body.layers]
         self.groups = [group for layer in self.layers for group in layer.groups()]
-        self.places, self.matrices = zip(*(pair for group in self.groups for pair in group.places()), strict=True)
+        self.lows = [pair for group in self.groups for pair in group.lows()]
+        self.ups = [pair for group in self.groups if not group.packed for pair in group.ups()]
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Bring the present values of the adapter to their places."""
-        torch._foreach_copy_(list(self.places), [matrix.detach() for matrix in self.matrices])
+        for pairs in (self.lows, self.ups):
+            if pairs:  # apart, because torch takes the slow way for all if one is no contiguous piece of memory
+                torch._foreach_copy_([place for place, _ in pairs], [matrix.detach() for _, matrix in pairs])
+        for scratch in self.scratch.values():
+            scratch.owner = None
         torch._foreach_mul_([group.low for group in self.groups], self.groups[0].scale)
 
     def __call__(
@@ -252,6 +258,13 @@ class Decoder:
         learned: torch.Tensor,
     ) -> torch.Tensor:
         """Normed hidden states (len(learned), hidden) of a batch as `packing.collate` makes it."""
+        # All tensors have the dtype to compute in; asking about it in every operation takes time.
+        with torch.autocast(input_ids.device.type, enabled=False):
+            return self._hidden(input_ids, position_ids, starts, learned)
+
+    def _hidden(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, starts: torch.Tensor, learned: torch.Tensor
+    ) -> torch.Tensor:
         self.refresh()
         config = self.body.config
         x = self.body.embed_tokens(input_ids.flatten())
@@ -291,6 +304,6 @@ def fits(model: Any) -> bool:
         for linear in linears
         for name in linear.active_adapters
     }
-    widths = {linear.base_layer.in_features % ops.PARTS for linear in linears}
+    widths = {linear.base_layer.in_features % ops.GROUP for linear in linears}
     gate = getattr(config, "hidden_act", "")
     return len(shapes) == 1 and widths == {0} and gate == "silu" and not getattr(config, "sliding_window", None)

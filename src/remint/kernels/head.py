@@ -1,5 +1,6 @@
 """The head and its loss in pieces: logits of all positions are never in memory at once."""
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -8,6 +9,11 @@ from torch import nn
 
 # Positions whose logits are in memory at a time; part of the result, sums are split by it.
 ROWS = {"cpu": 512, "cuda": 4096}
+
+
+def has_triton() -> bool:
+    """Whether Triton is there: it comes with torch's builds for CUDA, but not with those for Windows."""
+    return find_spec("triton") is not None
 
 
 def head_loss(hidden: torch.Tensor, head: nn.Linear, targets: torch.Tensor) -> torch.Tensor:
@@ -28,8 +34,8 @@ class _HeadLoss(torch.autograd.Function):
         for start in range(0, len(hidden), size):
             rows = slice(start, start + size)
             logits = hidden[rows] @ weight.T
-            if hidden.device.type == "cuda":
-                from remint.kernels import ops  # needs Triton, which comes with torch's CUDA builds alone
+            if hidden.device.type == "cuda" and has_triton():
+                from remint.kernels import ops
 
                 total += ops.entropy(logits, targets[rows]).sum()
             else:
