@@ -46,6 +46,8 @@ VARIANTS: dict[str, tuple[str, str, bool, bool, int]] = {
     "wide": ("fused", "once", False, False, 16),
     "packed": ("fused", "each_use", False, False, 8),
     "small": ("fused", "each_use", True, False, 4),
+    "small5": ("fused", "each_use", True, False, 5),
+    "small6": ("fused", "each_use", True, False, 6),
 }
 
 

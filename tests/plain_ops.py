@@ -61,13 +61,15 @@ def gated(both, wide, low, p, seed):
     return fill(wide, (F.silu(gate) * up).to(both.dtype), low, p, seed)
 
 
-def gated_back(dwide, low, both, p, seed):
+def gated_back(dwide, low, both, p, seed, into=None):
     gate, up = both.float().chunk(2, 1)
     gradient = unfill(dwide, low, p, seed)
     sigmoid, silu = torch.sigmoid(gate), F.silu(gate)
     dgate = gradient * up * (sigmoid + silu * (1 - sigmoid))
     value = dropped((silu * up).to(both.dtype), p, seed)
-    return torch.cat([dgate, gradient * silu], 1).to(both.dtype), product(dwide[:, low.shape[1] :].T, value)
+    dboth = torch.cat([dgate, gradient * silu], 1).to(both.dtype)
+    dboth = dboth if into is None else into.copy_(dboth)
+    return dboth, product(dwide[:, low.shape[1] :].T, value)
 
 
 def product(a, b):

@@ -69,6 +69,9 @@ def test_each_operation_and_its_gradient(rows, width, p):
     for found in checks:
         for ours, theirs in found:
             assert torch.allclose(ours, theirs, atol=1e-3, rtol=1e-5)
+    expected, given = ops.gated_back(wide, low, pair, p, 7), pair.clone()
+    assert all(map(torch.equal, ops.gated_back(wide, low, given, p, 7, given), expected))
+    assert torch.equal(given, expected[0])
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora import LoraLayer
-from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor, nn
 
 from remint.kernels import attention, ops
 
@@ -26,7 +25,7 @@ _MLP = ("gate_proj", "up_proj", "down_proj")
 class Scratch:
     """A matrix that groups of one shape share, and the group whose values are in it."""
 
-    matrix: torch.Tensor
+    matrix: Tensor
     owner: "Group | None" = None
 
 
@@ -63,41 +62,41 @@ class Group:
         biases = [b.bias if b.bias is not None else torch.zeros(b.out_features, device=where) for b in self.bases]
         self.bias = torch.cat(biases).to(dtype) if any(b.bias is not None for b in self.bases) else None
 
-    def parameters(self) -> tuple[torch.Tensor, ...]:
+    def parameters(self) -> tuple[Tensor, ...]:
         """All A, then all B, in the order of their gradients."""
         return (*self.down, *self.up)
 
-    def lows(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def lows(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Where each A belongs in `low`, and A."""
         yield from zip(self.low.split(self.rank), self.down, strict=True)
 
-    def ups(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def ups(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Where each B belongs in a matrix of full size, and B."""
         for index, (rows, up) in enumerate(zip(self._matrix.split(self.sizes), self.up, strict=True)):
             first = self.width + index * self.rank
             yield rows[:, first : first + self.rank], up
 
-    def matrix(self) -> torch.Tensor:
+    def matrix(self) -> Tensor:
         """The product's matrix, good until another group of this shape is asked for its own."""
         if self.packed and self._scratch.owner is not self:
             self._scratch.owner = self
             ops.unpacked([base.weight for base in self.bases], self.up, self._matrix)
         return self._matrix
 
-    def wide(self, like: torch.Tensor) -> torch.Tensor:
+    def wide(self, like: Tensor) -> Tensor:
         """An unfilled input of the product for as many rows as `like` has."""
         return like.new_empty(len(like), self._matrix.shape[1])
 
-    def __call__(self, wide: torch.Tensor) -> torch.Tensor:
+    def __call__(self, wide: Tensor) -> Tensor:
         """The product (T, N) of `wide` (T, K + m·rank)."""
         matrix = self.matrix()
         return wide @ matrix.T if self.bias is None else torch.addmm(self.bias, wide, matrix.T)
 
-    def back(self, dy: torch.Tensor) -> torch.Tensor:
+    def back(self, dy: Tensor) -> Tensor:
         """The gradient of `wide`."""
         return dy @ self.matrix()
 
-    def gradients(self, dy: torch.Tensor, low: torch.Tensor, dlow: torch.Tensor) -> list[torch.Tensor]:
+    def gradients(self, dy: Tensor, low: Tensor, dlow: Tensor) -> list[Tensor]:
         """Gradients of `parameters`, fp32; `low` are the last columns of `wide`, `dlow` is the gradient of `self.low`."""
         columns = zip(dy.split(self.sizes, 1), low.split(self.rank, 1), strict=True)
         return [*(dlow * self.scale).split(self.rank), *(ops.product(part.T, column) for part, column in columns)]
@@ -110,78 +109,13 @@ class Heads:
     heads: int
     kv_heads: int
     tiles: Any
-    cosines: torch.Tensor
-    sines: torch.Tensor
+    cosines: Tensor
+    sines: Tensor
 
-    def turn(self, qkv: torch.Tensor, backward: bool = False) -> torch.Tensor:
+    def turn(self, qkv: Tensor, backward: bool = False) -> Tensor:
         """Rotary embedding of queries and keys, in place."""
         ops.rotated(qkv, qkv, self.cosines, self.sines, self.heads + self.kv_heads, backward)
         return qkv
-
-
-class _NormedProduct(torch.autograd.Function):
-    """x + delta, and group(rms_norm(x + delta)), in which `heads` are turned if given."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Any, delta: Any, group: Group, norm: Any, heads: Heads | None, p: float, seed: int, *_: Any
-    ) -> Any:
-        wide = group.wide(x)
-        total, rstd, low = ops.normed(x, delta, norm.weight, norm.variance_epsilon, wide, group.low, p, seed)
-        y = group(wide)
-        ctx.save_for_backward(total, rstd, low)
-        ctx.known = group, norm, heads, p, seed, delta is not None
-        ctx.set_materialize_grads(False)
-        return total, heads.turn(y) if heads else y
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        total, rstd, low = ctx.saved_tensors
-        group, norm, heads, p, seed, has_delta = ctx.known
-        dtotal, dy = gradients
-        # In place: attention, its only reader, has made it for this function alone.
-        dy = heads.turn(dy, backward=True) if heads else dy
-        dwide = group.back(dy)
-        dx, dlow = ops.normed_back(dwide, group.low, total, rstd, norm.weight, dtotal, p, seed)
-        rest = group.gradients(dy, low, dlow)
-        return dx, dx if has_delta else None, None, None, None, None, None, *rest
-
-
-class _Product(torch.autograd.Function):
-    """group(x), or group(silu(gate) × up) of x = [gate | up]."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Any, group: Group, is_gated: bool, p: float, seed: int, *_: Any) -> Any:
-        wide = group.wide(x)
-        low = (ops.gated if is_gated else ops.copied)(x, wide, group.low, p, seed)
-        y = group(wide)
-        ctx.save_for_backward(x, low)
-        ctx.known = group, is_gated, p, seed
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        (dy,) = gradients
-        x, low = ctx.saved_tensors
-        group, is_gated, p, seed = ctx.known
-        dwide = group.back(dy)
-        dx, dlow = (ops.gated_back if is_gated else ops.copied_back)(dwide, group.low, x, p, seed)
-        return dx, None, None, None, None, *group.gradients(dy, low, dlow)
-
-
-class _Mixed(torch.autograd.Function):
-    """Attention inside each document."""
-
-    @staticmethod
-    def forward(ctx: Any, qkv: Any, heads: Heads, scale: float) -> Any:
-        out, norms = attention.mixed(qkv, heads.tiles, heads.heads, heads.kv_heads, scale)
-        ctx.save_for_backward(qkv, out, norms)
-        ctx.known = heads.tiles, heads.heads, heads.kv_heads, scale
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        return attention.mixed_back(gradients[0].contiguous(), *ctx.saved_tensors, *ctx.known), None, None
 
 
 class _Picked(torch.autograd.Function):
@@ -215,16 +149,85 @@ class Layer:
         """All products of the layer."""
         return self.qkv, self.out, self.gate_up, self.down
 
-    def __call__(
-        self, x: torch.Tensor, delta: torch.Tensor | None, heads: Heads, p: float, seeds: Sequence[int]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of tokens (T, hidden) through the layer; `seeds` are four, one for each input that meets dropout."""
+    def parameters(self) -> list[Tensor]:
+        """The adapter of the layer, in the order of `backward`'s gradients."""
+        return [matrix for group in self.groups() for matrix in group.parameters()]
+
+    def forward(
+        self, x: Tensor, delta: Tensor | None, heads: Heads, p: float, seeds: Sequence[int], is_last: bool = True
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+        """Rows of tokens x + delta (T, hidden) through the layer, and what `backward` needs.
+
+        `seeds` are four, one for each input that meets dropout. Without `is_last` the last product is left out.
+        """
         first, second = self.norms
-        x, qkv = _NormedProduct.apply(x, delta, self.qkv, first, heads, p, seeds[0], *self.qkv.parameters())
-        mixed = _Mixed.apply(qkv, heads, self.scale)
-        delta = _Product.apply(mixed, self.out, False, p, seeds[1], *self.out.parameters())
-        x, both = _NormedProduct.apply(x, delta, self.gate_up, second, None, p, seeds[2], *self.gate_up.parameters())
-        return x, _Product.apply(both, self.down, True, p, seeds[3], *self.down.parameters())
+        wide = self.qkv.wide(x)
+        eps = first.variance_epsilon
+        total, rstd, qkv_low = ops.normed(x, delta, first.weight, eps, wide, self.qkv.low, p, seeds[0])
+        qkv = heads.turn(self.qkv(wide))
+        mixed, norms = attention.mixed(qkv, heads.tiles, heads.heads, heads.kv_heads, self.scale)
+        wide = self.out.wide(x)
+        out_low = ops.copied(mixed, wide, self.out.low, p, seeds[1])
+        delta = self.out(wide)
+        wide = self.gate_up.wide(x)
+        eps = second.variance_epsilon
+        middle, middle_rstd, both_low = ops.normed(
+            total, delta, second.weight, eps, wide, self.gate_up.low, p, seeds[2]
+        )
+        both = self.gate_up(wide)
+        wide = self.down.wide(x)
+        down_low = ops.gated(both, wide, self.down.low, p, seeds[3])
+        kept = total, rstd, qkv_low, qkv, mixed, norms, out_low, middle, middle_rstd, both_low, both, down_low
+        return middle, self.down(wide) if is_last else None, kept
+
+    def backward(
+        self, kept: Sequence[Tensor], dmiddle: Tensor, dend: Tensor, heads: Heads, p: float, seeds: Sequence[int],
+        is_once: bool,
+    ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+        """Gradients of x + delta and of `parameters`; with `is_once` nobody reads `kept` again, so it may be written to."""
+        total, rstd, qkv_low, qkv, mixed, norms, out_low, middle, middle_rstd, both_low, both, down_low = kept
+        first, second = self.norms
+        dwide = self.down.back(dend)
+        dboth, dlow = ops.gated_back(dwide, self.down.low, both, p, seeds[3], both if is_once else None)
+        down = self.down.gradients(dend, down_low, dlow)
+        dwide = self.gate_up.back(dboth)
+        dmiddle, dlow = ops.normed_back(
+            dwide, self.gate_up.low, middle, middle_rstd, second.weight, dmiddle, p, seeds[2]
+        )
+        gate_up = self.gate_up.gradients(dboth, both_low, dlow)
+        dwide = self.out.back(dmiddle)
+        dmixed, dlow = ops.copied_back(dwide, self.out.low, mixed, p, seeds[1])
+        out = self.out.gradients(dmiddle, out_low, dlow)
+        dqkv = attention.mixed_back(dmixed, qkv, mixed, norms, heads.tiles, heads.heads, heads.kv_heads, self.scale)
+        dqkv = heads.turn(dqkv, backward=True)
+        dwide = self.qkv.back(dqkv)
+        dx, dlow = ops.normed_back(dwide, self.qkv.low, total, rstd, first.weight, dmiddle, p, seeds[0])
+        return dx, [*self.qkv.gradients(dqkv, qkv_low, dlow), *out, *gate_up, *down]
+
+
+class _Node(torch.autograd.Function):
+    """A layer as one node of autograd's graph: many small nodes would cost the processor more than their work costs a GPU.
+
+    It keeps what the backward pass needs, or its input alone and then computes the rest again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Any, delta: Any, layer: Layer, heads: Heads, p: float, seeds: Any, is_again: bool, *_: Any
+    ) -> Any:
+        middle, end, kept = layer.forward(x, delta, heads, p, seeds)
+        ctx.save_for_backward(*((x, delta) if is_again else kept))
+        ctx.known = layer, heads, p, seeds, is_again, delta is not None
+        return middle, end
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        layer, heads, p, seeds, is_again, has_delta = ctx.known
+        kept = ctx.saved_tensors
+        if is_again:
+            kept = layer.forward(*kept, heads, p, seeds, is_last=False)[2]
+        dx, rest = layer.backward(kept, *gradients, heads, p, seeds, is_once=is_again)
+        return dx, dx if has_delta else None, None, None, None, None, None, *rest
 
 
 class Decoder:
@@ -252,19 +255,17 @@ class Decoder:
 
     def __call__(
         self,
-        input_ids: torch.Tensor,
-        position_ids: torch.Tensor,
-        starts: torch.Tensor,
-        learned: torch.Tensor,
-    ) -> torch.Tensor:
+        input_ids: Tensor,
+        position_ids: Tensor,
+        starts: Tensor,
+        learned: Tensor,
+    ) -> Tensor:
         """Normed hidden states (len(learned), hidden) of a batch as `packing.collate` makes it."""
         # All tensors have the dtype to compute in; asking about it in every operation takes time.
         with torch.autocast(input_ids.device.type, enabled=False):
             return self._hidden(input_ids, position_ids, starts, learned)
 
-    def _hidden(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, starts: torch.Tensor, learned: torch.Tensor
-    ) -> torch.Tensor:
+    def _hidden(self, input_ids: Tensor, position_ids: Tensor, starts: Tensor, learned: Tensor) -> Tensor:
         self.refresh()
         config = self.body.config
         x = self.body.embed_tokens(input_ids.flatten())
@@ -279,12 +280,7 @@ class Decoder:
         for layer, own in zip(self.layers, seeds, strict=True):
             if again:  # one tensor to keep instead of two
                 x, delta = x if delta is None else x + delta, None
-            arguments = (x, delta, heads, p, own)
-            x, delta = (
-                checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
-                if again
-                else layer(*arguments)
-            )
+            x, delta = _Node.apply(x, delta, layer, heads, p, own, again, *layer.parameters())
         return self.body.norm(_Picked.apply(x + delta, learned))
 
 

@@ -332,10 +332,11 @@ def gated(both: torch.Tensor, wide: torch.Tensor, low: torch.Tensor, p: float, s
 
 
 def gated_back(
-    dwide: torch.Tensor, low: torch.Tensor, both: torch.Tensor, p: float, seed: int
+    dwide: torch.Tensor, low: torch.Tensor, both: torch.Tensor, p: float, seed: int, into: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of `gated`'s [gate | up] (T, 2K) and of `low`, fp32."""
-    return _fill_back(dwide, low, both, p, seed, True)
+    """Gradients of `gated`'s [gate | up] (T, 2K) and of `low`, fp32. The first comes `into` a tensor if given, which may be
+    `both` itself: each element is read before it is written."""
+    return _fill_back(dwide, low, both, p, seed, True, into)
 
 
 def _fill(
@@ -348,13 +349,19 @@ def _fill(
 
 
 def _fill_back(
-    dwide: torch.Tensor, low: torch.Tensor, source: torch.Tensor, p: float, seed: int, is_gated: bool
+    dwide: torch.Tensor,
+    low: torch.Tensor,
+    source: torch.Tensor,
+    p: float,
+    seed: int,
+    is_gated: bool,
+    into: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     tile = _tile(low, p, is_gated)
     rows, (rank, width) = len(source), low.shape
     # Shares of the rows, so that a GPU is busy also where there are few columns; a number that no device decides.
     share = triton.cdiv(triton.cdiv(rows, SHARES), tile["ROWS"]) * tile["ROWS"]
-    dsource = torch.empty_like(source)
+    dsource = torch.empty_like(source) if into is None else into
     ddowns = torch.empty(triton.cdiv(rows, share), rank, width, dtype=torch.float32, device=low.device)
     grid = (triton.cdiv(width, tile["COLUMNS"]), len(ddowns))
     _filled_back[grid](
