@@ -46,8 +46,7 @@ VARIANTS: dict[str, tuple[str, str, bool, bool, int]] = {
     "wide": ("fused", "once", False, False, 16),
     "packed": ("fused", "each_use", False, False, 8),
     "small": ("fused", "each_use", True, False, 4),
-    "small5": ("fused", "each_use", True, False, 5),
-    "small6": ("fused", "each_use", True, False, 6),
+    "small, 6 rows": ("fused", "each_use", True, False, 6),
 }
 
 
@@ -68,24 +67,25 @@ def main() -> None:
     if options.one:
         print("RESULT " + json.dumps(measure(options, options.one)))
         return
-    rows = []
+    print(
+        f"{'variant':<14}{'tokens/s':>10}{'learned/s':>11}{'TFLOP/s':>9}{'of roof':>9}{'GiB':>7}{'first s':>9}{'loss':>10}",
+        flush=True,
+    )
     for name in options.variants:
         done = subprocess.run(
             [sys.executable, __file__, *sys.argv[1:], "--one", name], text=True, stdout=subprocess.PIPE, check=False
         )
-        found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-        print("\n".join(line for line in done.stdout.splitlines() if not line.startswith("RESULT ")), flush=True)
-        rows.append((name, json.loads(found[0].removeprefix("RESULT ")) if found else None))
-    print(
-        f"{'variant':<10}{'tokens/s':>10}{'learned/s':>11}{'TFLOP/s':>9}{'of roof':>9}{'GiB':>7}{'first s':>9}{'loss':>10}"
-    )
-    for name, row in rows:
-        if row is None:
-            print(f"{name:<10}  failed")
+        lines = done.stdout.splitlines()
+        found = [line for line in lines if line.startswith("RESULT ")]
+        print("".join(f"{line}\n" for line in lines if line not in found), end="")
+        if not found:
+            print(f"{name:<14}  failed", flush=True)
             continue
+        row = json.loads(found[0].removeprefix("RESULT "))
         print(
-            f"{name:<10}{row['tokens_per_s']:>10,.0f}{row['learned_per_s']:>11,.0f}{row['tflops']:>9.1f}"
-            f"{row['tflops'] / row['roof']:>9.0%}{row['peak_gib']:>7.1f}{row['first_s']:>9.1f}{row['loss']:>10.5f}  {row['adapter']}"
+            f"{name:<14}{row['tokens_per_s']:>10,.0f}{row['learned_per_s']:>11,.0f}{row['tflops']:>9.1f}"
+            f"{row['tflops'] / row['roof']:>9.0%}{row['peak_gib']:>7.1f}{row['first_s']:>9.1f}{row['loss']:>10.5f}  {row['adapter']}",
+            flush=True,
         )
 
 
