@@ -1,10 +1,13 @@
-"""What to lower when memory ran out: the settings that cost most of it, each with a smaller value than the present one."""
+"""What to lower when memory ran out, or would: the settings that cost most of it, each with a smaller value than the present one."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from remint.core.errors import RemintError, one_line, out_of_memory
+from remint.core.config import load_yaml
+from remint.core.errors import GpuTooSmall, RemintError, one_line, out_of_memory
+from remint.core.files import read_object
+from remint.core.paths import CONF
 
 
 @contextlib.contextmanager
@@ -12,12 +15,34 @@ def explained(command: str, settings: Mapping[str, Any]) -> Iterator[None]:
     """Tell a failed allocation, of the machine or of a GPU, in one line with what to set. Raises RemintError."""
     try:
         yield
+    except GpuTooSmall as error:
+        fitting = _fitting_recipe(settings, error.free)
+        cures = [*([f"`make recipe NAME={fitting}`"] if fitting else []), *_smaller(command, settings)]
+        raise RemintError(f"{command}: {error}; try {', then '.join(cures)}") from error
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
         tries = ", then ".join(_smaller(command, settings))
         cure = f"try {tries}" if tries else "end other programs, or take a machine with more"
         raise RemintError(f"{command}: memory ran out ({one_line(error)[:120]}); {cure}") from error
+
+
+def _fitting_recipe(settings: Mapping[str, Any], free: int) -> str | None:
+    """The recipe of the same precision that makes most of `free` bytes with the present base."""
+    from remint.modeling import Lora, Quantization
+    from remint.stages.train import footprint  # these import torch, which other commands do without
+    from remint.stages.train.settings import Train
+
+    base = read_object(settings["paths"].base / "config.json", "run `make repro`, which makes it")
+    fitting = {}
+    for path in (CONF / "recipe").glob("*.yaml"):
+        section = load_yaml(path)["train"]
+        parts = {"quantization": Quantization(**section["quantization"]), "lora": Lora(**section["lora"])}
+        train = Train(**{**section, **parts})
+        need = footprint.needed(base, train)
+        if need is not None and need <= free and train.precision == settings["train"].precision:
+            fitting[path.stem] = need
+    return max(fitting, key=lambda name: fitting[name], default=None)
 
 
 def _smaller(command: str, settings: Mapping[str, Any]) -> list[str]:

@@ -43,6 +43,14 @@ class Stopped(RemintError):  # noqa: N818  (a word for what happened, not a faul
         super().__init__(fault)
 
 
+class GpuTooSmall(Exception):  # noqa: N818  (a word for what is so; it becomes a line where settings are known)
+    """A training would take `needed` bytes of a GPU that has `free` ones."""
+
+    def __init__(self, needed: int, free: int):
+        self.needed, self.free = needed, free
+        super().__init__(f"about {needed / 2**30:.1f} GiB of GPU memory are needed, {free / 2**30:.1f} GiB are free")
+
+
 def visible(text: str) -> str:
     """Text without control characters, which could drive a terminal; line breaks and tabs stay."""
     return "".join(char for char in text if char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cf", "Cs"))

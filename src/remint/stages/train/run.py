@@ -18,7 +18,7 @@ from remint.core.log import Log
 from remint.core.paths import SCRATCH, Paths
 from remint.loss import SupervisedLoss
 from remint.packing import cut, encode
-from remint.stages.train import checkpoint, loop
+from remint.stages.train import checkpoint, footprint, loop
 from remint.stages.train.plan import lr_factor, make_plan
 from remint.stages.train.session import Session
 from remint.stages.train.settings import Train
@@ -77,6 +77,8 @@ def _open(
         for name in ("train", "held_out", "control")
     }
     plan = make_plan([len(document.ids) for document in documents["train"]], train, seed)
+    if modeling.device().type == "cuda":
+        footprint.check(paths.base, train)
     model = _model(seed, train, paths.base)
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad],

@@ -1,0 +1,66 @@
+"""How much memory of a GPU a training takes at most, told before anything is loaded."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from remint.core.errors import GpuTooSmall
+from remint.core.files import read_object
+from remint.kernels.head import ROWS
+from remint.modeling import DTYPES
+from remint.stages.train.settings import Train
+
+_ALL = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+# What allocators lose to the sizes of their blocks; seen against measured peaks, see docs/results.md.
+_MARGIN = 1.03
+
+
+def check(base: Path, train: Train) -> None:
+    """Raise GpuTooSmall if the present GPU has not the free memory that the training of a base takes."""
+    need = needed(read_object(base / "config.json", "run `make repro`, which makes it"), train)
+    free, _ = torch.cuda.mem_get_info()
+    if need is not None and need > free:
+        raise GpuTooSmall(need, free)
+
+
+def needed(config: Mapping[str, Any], train: Train) -> int | None:
+    """Bytes at the peak of a training with `kernels.blocks`, for a base of this config.json; None where others compute.
+
+    Frozen weights, the adapter with its gradients and AdamW's two moments in fp32, what the backward pass reads (or the input of each
+    layer and the whole of one), and the largest passing tensors.
+    """
+    if train.kernels != "fused" or set(train.lora.targets) != _ALL:
+        return None
+    size, rank = DTYPES[train.precision].itemsize, train.lora.rank
+    hidden, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
+    width = config.get("head_dim") or hidden // heads
+    queries, values = heads * width, config["num_key_value_heads"] * width
+    # Of each product: columns of its input, columns of its output, layers that are one in it.
+    products = (
+        (hidden, queries + 2 * values, 3),
+        (queries, hidden, 1),
+        (hidden, 2 * inner, 2),
+        (inner, hidden, 1),
+    )
+    linear = sum(into * out for into, out, _ in products)
+    adapter = rank * sum(into * count + out for into, out, count in products)
+    matrices = size * sum(out * (into + count * rank) for into, out, count in products)
+    is_packed = train.quantization.kind != "none" and train.quantization.dequantize == "each_use"
+    scale = (1 + 4 / 256 if train.quantization.double else 4) / train.quantization.block_size
+    weights, scratch = (linear * (0.5 + scale), matrices) if is_packed else (matrices, 0)
+    lows = size * rank * sum(into * count for into, _, count in products)
+    layers = config["num_hidden_layers"]
+    embeddings = size * config["vocab_size"] * hidden * (1 if config.get("tie_word_embeddings") else 2)
+    fixed = embeddings + scratch + layers * (weights + lows + 16 * adapter)
+
+    tokens = train.micro_batch * train.max_length
+    kept = size * (2 * hidden + 2 * queries + 2 * values + 2 * inner + 7 * rank) + 4 * heads + 8
+    inputs = size * (inner + rank + 4 * hidden)
+    passing = size * 2 * inner  # the gradient of a kept tensor, which takes that one's place if it was computed again
+    head = size * (min(ROWS["cuda"], tokens) * config["vocab_size"] + 3 * tokens * hidden)
+    if train.gradient_checkpointing:
+        moving = tokens * (layers * size * hidden + kept + inputs)
+        return round(_MARGIN * (fixed + max(moving, tokens * layers * size * hidden + head)))
+    return round(_MARGIN * (fixed + tokens * layers * kept + max(tokens * (inputs + passing), head)))
