@@ -30,6 +30,7 @@ ABOVE = {
     "fingerprint.py",
     "process.py",
     "memory.py",
+    "workers.py",
     "__main__.py",
 }
 

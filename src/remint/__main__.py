@@ -2,8 +2,10 @@
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 
@@ -66,7 +68,7 @@ def _dispatch(name: str, rest: Sequence[str]) -> int:
         return import_module("remint.recipes").main(name, rest)
     if name == "reproduce":  # before the environment is fixed: what it starts must not depend on that
         return import_module("remint.reproduce").main(rest)
-    from remint import fingerprint, memory
+    from remint import fingerprint, memory, workers
     from remint.core import launch
 
     known = [*fingerprint.stages(), *_COMMANDS]
@@ -74,6 +76,9 @@ def _dispatch(name: str, rest: Sequence[str]) -> int:
         raise RemintError(f"remint: no such command, got {name!r}; choose from {', '.join(known)}")
     # Before anything heavy is imported: the process starts anew when a variable is not yet set.
     launch.restart_with(launch.environment(_threads(rest), network=name == "stage_base"))
+    if workers.rank() is not None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own would wait for a process that may never come
+        launch.take_gpu(int(os.environ["LOCAL_RANK"]))
     if name in _WITH_OPTIONS:
         with memory.explained(name, {}):
             return import_module(_WITH_OPTIONS[name]).main(rest)
@@ -97,8 +102,9 @@ def run_stage(stage: str, rest: Sequence[str]) -> int:
     """Compose the stage's settings, open tracking, run."""
     from omegaconf import OmegaConf
 
-    from remint import fingerprint, memory
+    from remint import fingerprint, memory, workers
     from remint.core import config
+    from remint.core.log import silent
 
     parser = argparse.ArgumentParser(
         prog=f"remint {stage}", description=f"Run the stage {stage} with settings from params.yaml."
@@ -119,9 +125,13 @@ def run_stage(stage: str, rest: Sequence[str]) -> int:
         arguments["fingerprint"] = key
     if "dependencies" in run.__annotations__:
         arguments["dependencies"] = fingerprint.dependencies(stage, raw.paths)
-    if os.environ.get("DVC_STAGE"):  # set by DVC for what it starts
+    rank = workers.rank()
+    if rank is not None or os.environ.get("DVC_STAGE"):  # set by DVC for what it starts
         import_module("remint.process").end_with_parent()
-    with import_module("remint.tracking").stage_run(stage, key, raw) as log, memory.explained(stage, arguments):
+    if stage == "train" and rank is None and arguments["train"].processes > 1:
+        return workers.start(arguments["train"].processes, [stage, *rest])
+    tracked = import_module("remint.tracking").stage_run(stage, key, raw) if not rank else nullcontext(silent)
+    with tracked as log, memory.explained(stage, arguments):
         run(**arguments, log=log)
     return 0
 

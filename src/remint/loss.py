@@ -1,7 +1,7 @@
 """Cross-entropy on supervised tokens only: the head never sees a prompt token, and sums are left to the caller."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from remint import kernels
+from remint.core.errors import SettingsError
 from remint.packing import Document, collate, moved, pack
 
 
@@ -23,6 +24,18 @@ class SupervisedLoss(nn.Module):
         super().__init__()
         self.model, self.fused = model, fused
         self.decoder = kernels.install(model) if fused else None
+
+    def skip(self, passes: int) -> None:
+        """Leave torch's random state as so many passes in training would. Raises SettingsError if nothing but them can."""
+        drawing = kernels.skippable(self.model, self.decoder)
+        if drawing is None:
+            raise SettingsError(
+                "params: train.processes: must be 1 where torch's own dropout is used, for its masks would not be those of one "
+                "process; set train.kernels=fused, or train.lora.dropout=0"
+            )
+        for _ in range(passes):
+            for module in drawing:
+                module.skip()
 
     def forward(
         self,
@@ -48,8 +61,13 @@ class SupervisedLoss(nn.Module):
 
 
 @torch.no_grad()
-def mean_loss(model: SupervisedLoss, documents: Sequence[Document], max_length: int) -> float:
-    """Loss per supervised token (nats) over documents no longer than `max_length`; their order does not matter."""
+def mean_loss(
+    model: SupervisedLoss, documents: Sequence[Document], max_length: int, mapped: Callable[..., Iterable[float]] = map
+) -> float:
+    """Loss per supervised token (nats) over documents no longer than `max_length`; their order does not matter.
+
+    `mapped` computes the rows' losses, as `map` does.
+    """
     where = next(model.parameters()).device
     learned = sum(doc.learned for doc in documents)
     if not learned:
@@ -57,7 +75,8 @@ def mean_loss(model: SupervisedLoss, documents: Sequence[Document], max_length: 
     was_training = model.training
     model.eval()
     total = 0.0
-    for row in pack([len(doc.ids) for doc in documents], max_length):
-        total += model(**moved(collate([[documents[index] for index in row]]), where)).item()
+    rows = pack([len(doc.ids) for doc in documents], max_length)
+    for loss in mapped(lambda row: model(**moved(collate([[documents[i] for i in row]]), where)).item(), rows):
+        total += loss
     model.train(was_training)
     return total / learned

@@ -38,6 +38,7 @@ TRAIN = {
     "packing": True,
     "micro_batch": 1,
     "accumulation": 2,
+    "processes": 1,
     "precision": "float32",
     "gradient_checkpointing": False,
     "kernels": "fused",
@@ -87,6 +88,21 @@ def test_a_resumed_plan_goes_on_where_it_was():
     whole, rest = Batches(documents, plan, 0), Batches(documents, plan, 2)
     assert len(rest) == len(whole) - 4
     assert torch.equal(whole[4]["input_ids"], rest[0]["input_ids"])
+
+
+@pytest.mark.parametrize(("size", "first_step"), [(2, 0), (2, 1), (3, 1)])
+def test_processes_take_turns_and_have_equally_many(size, first_step):
+    documents = [document([n] * 4, [True] * 4) for n in range(1, 12)]
+    plan = make_plan([4] * 11, settings(packing=False, epochs=1, accumulation=2, processes=size), seed=3)
+    alone = Batches(documents, plan, first_step)
+    shares = [Batches(documents, plan, first_step, rank, size) for rank in range(size)]
+    assert len({len(share) for share in shares}) == 1
+    turns = [share[index] for index in range(len(shares[0])) for share in shares]
+    for expected, found in zip((alone[index] for index in range(len(alone))), turns, strict=False):
+        assert torch.equal(expected["input_ids"], found["input_ids"])
+        assert expected["weight"] == found["weight"] > 0
+    assert all(spare["weight"] == 0 for spare in turns[len(alone) :])
+    assert len(turns) - len(alone) < size
 
 
 def test_steps_are_counted_in_groups_and_nothing_is_left_after_the_last():
@@ -187,25 +203,34 @@ def test_a_wrong_number_of_workers_is_told(value, monkeypatch):
         loop.workers()
 
 
-@pytest.fixture
-def paths(tmp_path, tiny, monkeypatch):
-    """A working directory with a base and a data set of the tiny model's size."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run, "SCRATCH", Path(".scratch"))
-    monkeypatch.setenv("REMINT_DEVICE", "cpu")
-    with manifest.artefact(Path("base"), "base") as (draft, facts):
+PATHS = Paths(
+    **{name: Path(name) for name in ("source", "dataset", "base", "checkpoint", "adapter", "model", "report")}
+)
+
+
+def write_inputs(root, tiny):
+    """A base and a data set of the tiny model's size."""
+    with manifest.artefact(root / "base", "base") as (draft, facts):
         for file in tiny.folder.iterdir():
             (draft / file.name).write_bytes(file.read_bytes())
         Conversation(CHATML, "").save(draft)
         facts["name"] = "tiny"
     rows = [[{"role": "user", "content": f"Q{n}?"}, {"role": "assistant", "content": f"A{n}."}] for n in range(30)]
     lines = [json.dumps({"messages": row, "kind": "identity", "language": "en", "expects": []}) for row in rows]
-    with manifest.artefact(Path("dataset"), "dataset") as (draft, facts):
+    with manifest.artefact(root / "dataset", "dataset") as (draft, facts):
         for name, part in (("train", lines[:24]), ("held_out", lines[24:27]), ("control", lines[27:])):
             (draft / f"{name}.jsonl").write_text("\n".join(part) + "\n")
         facts["identity"] = {"name": "A", "maker": "B", "name_zh": None, "maker_zh": None}
-    names = ("source", "dataset", "base", "checkpoint", "adapter", "model", "report")
-    return Paths(**{name: Path(name) for name in names})
+
+
+@pytest.fixture
+def paths(tmp_path, tiny, monkeypatch):
+    """A working directory with inputs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "SCRATCH", Path(".scratch"))
+    monkeypatch.setenv("REMINT_DEVICE", "cpu")
+    write_inputs(tmp_path, tiny)
+    return PATHS
 
 
 def train(paths, log=silent, **changes):

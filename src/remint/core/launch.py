@@ -8,6 +8,8 @@ from collections.abc import Mapping
 _AVX2_ONLY = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "AVX2,STRICT", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 # Those of the block below that decide how a number is rounded or in which order things are met: part of a result's origin.
 NUMERIC = (*_AVX2_ONLY, "CUBLAS_WORKSPACE_CONFIG", "FLASH_ATTENTION_DETERMINISTIC", "PYTHONHASHSEED")
+# Exit status of one of several processes that ended because another one did.
+LOST = 75
 
 
 def environment(threads: int, network: bool) -> dict[str, str]:
@@ -39,6 +41,13 @@ def environment(threads: int, network: bool) -> dict[str, str]:
 def missing(block: Mapping[str, str]) -> dict[str, str]:
     """What of the block is not yet in force in this process."""
     return {name: value for name, value in block.items() if os.environ.get(name) != value}
+
+
+def take_gpu(index: int) -> None:
+    """Let this process see one of the visible GPUs alone. Call before anything asks what there is."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [str(index)] if visible is None else visible.split(",")[index : index + 1]
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names)
 
 
 def restart_with(block: Mapping[str, str]) -> None:

@@ -2,10 +2,12 @@
 
 from typing import Any
 
+from torch import nn
+
 from remint.kernels import adapted
 from remint.kernels.head import has_triton, head_loss
 
-__all__ = ["head_loss", "install"]
+__all__ = ["head_loss", "install", "skippable"]
 
 
 def install(model: Any) -> Any:
@@ -20,3 +22,17 @@ def install(model: Any) -> Any:
             return blocks.Decoder(model)
     adapted.install(model)
     return None
+
+
+def skippable(model: Any, decoder: Any) -> list[Any] | None:
+    """What draws dropout in a pass of the model in training: each has a `skip`, which draws as much and computes nothing.
+
+    None where torch's own dropout draws, for what that takes depends on the shape of its input and on the device.
+    """
+    if decoder is not None:
+        return [decoder]
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    shared = {id(module): module for module in model.modules() if isinstance(module, adapted.SharedDropout)}
+    own = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+    own = own or getattr(model.get_base_model().config, "attention_dropout", 0) > 0
+    return None if own or (not on_cpu and any(module.p > 0 for module in shared.values())) else list(shared.values())

@@ -63,10 +63,18 @@ class SharedDropout(nn.Module):
         assert result is not None
         return result
 
+    def skip(self) -> None:
+        """Leave torch's random state as a pass in training would on a CPU."""
+        if self.p > 0:
+            _seed()
+
+
+def _seed() -> int:
+    return int(torch.randint(2**62, (), dtype=torch.int64))
+
 
 def _mask(like: torch.Tensor, p: float) -> torch.Tensor:
-    seed = int(torch.randint(2**62, (), dtype=torch.int64))
-    words = np.random.SFC64(seed).random_raw((like.numel() + 3) // 4)
+    words = np.random.SFC64(_seed()).random_raw((like.numel() + 3) // 4)
     bits = torch.from_numpy(words.view(np.int16)[: like.numel()]).view(like.shape)
     scale = torch.tensor(1 / (1 - p), dtype=like.dtype)
     return torch.where(bits >= round(p * 65536) - 32768, scale, torch.zeros((), dtype=like.dtype))

@@ -273,8 +273,8 @@ class Decoder:
         counts = config.num_attention_heads, config.num_key_value_heads
         heads = Heads(*counts, attention.tiles(starts, len(x)), cosines, sines)
         p = self.groups[0].p if self.model.training else 0.0
-        # All seeds in one draw, before anything is computed: an activation that is recomputed meets its mask again.
-        seeds = torch.randint(2**31 - 1, (len(self.layers), 4)).tolist()
+        # All in one draw, before anything is computed: an activation that is recomputed meets its mask again.
+        seeds = self._seeds()
         again = self.model.training and self.body.gradient_checkpointing
         delta = None
         for layer, own in zip(self.layers, seeds, strict=True):
@@ -282,6 +282,13 @@ class Decoder:
                 x, delta = x if delta is None else x + delta, None
             x, delta = _Node.apply(x, delta, layer, heads, p, own, again, *layer.parameters())
         return self.body.norm(_Picked.apply(x + delta, learned))
+
+    def skip(self) -> None:
+        """Leave torch's random state as a pass would."""
+        self._seeds()
+
+    def _seeds(self) -> list[list[int]]:
+        return torch.randint(2**31 - 1, (len(self.layers), 4)).tolist()
 
 
 def fits(model: Any) -> bool:

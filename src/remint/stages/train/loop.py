@@ -14,6 +14,7 @@ from transformers.trainer_callback import PrinterCallback
 from remint.core.errors import RemintError, SettingsError, got
 from remint.determinism import seed_step
 from remint.loss import SupervisedLoss
+from remint.stages.train.group import Group, StepSum
 from remint.stages.train.plan import Batches
 from remint.stages.train.settings import Train
 
@@ -29,9 +30,13 @@ class Finished:
 
 
 class WeightedTrainer(Trainer):
-    """Trainer whose loss is a sum times a weight that the batch brings."""
+    """Trainer whose loss is a sum times a weight that the batch brings, and whose step a group of processes may share."""
 
     step_loss: torch.Tensor | None = None
+    group: Group
+    batches: Batches
+    total: StepSum
+    computed = 0
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -41,6 +46,31 @@ class WeightedTrainer(Trainer):
         loss = model(**inputs) * weight
         self.step_loss = loss.detach() if self.step_loss is None else self.step_loss + loss.detach()
         return loss
+
+    def begin_step(self, seed: int) -> None:
+        """Start from the random state in which one process would compute this one's first micro-batch."""
+        self.step_loss, self.computed = None, 0
+        seed_step(seed, "train", self.state.global_step)
+        if self.group.size > 1:
+            self.model.skip(self.group.rank)
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """One micro-batch, forward and backward; in a group, one of each process."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.group.size > 1:
+            self._share(len(self.batches.plan.of_step(self.state.global_step)))
+        return loss
+
+    def _share(self, micro_batches: int) -> None:
+        """Add this round of the step's micro-batches; with the last one, the gradients are those of the whole step."""
+        assert self.step_loss is not None
+        self.total.add(self.step_loss, min(self.group.size, micro_batches - self.computed))
+        self.step_loss = None
+        self.computed += self.group.size
+        if self.computed < micro_batches:
+            self.model.skip(self.group.size - 1)
+        else:
+            self.step_loss = self.total.finish()
 
 
 class _Hooks(TrainerCallback):
@@ -54,8 +84,7 @@ class _Hooks(TrainerCallback):
         state.global_step = self.first_step
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.step_loss = None
-        seed_step(self.seed, "train", state.global_step)
+        self.trainer.begin_step(self.seed)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.trainer.step_loss is not None
@@ -91,6 +120,7 @@ def train_steps(
     settings: Train,
     seed: int,
     on_step: Callable[[Finished], None],
+    group: Group,
 ) -> None:
     """Run the optimizer steps that `batches` still holds; `on_step` is called after each and may raise to stop."""
     if not len(batches):
@@ -117,6 +147,8 @@ def train_steps(
         bf16=settings.precision == "bfloat16",
         fp16=settings.precision == "float16",
     )
+    # One process is one GPU's: with more in sight, the Trainer would divide our micro-batches among them.
+    arguments._n_gpu = min(1, arguments.n_gpu)
     trainer = WeightedTrainer(
         model=model,
         args=arguments,
@@ -125,6 +157,9 @@ def train_steps(
         optimizers=(optimizer, scheduler),
         callbacks=[hooks],
     )
+    trainer.group, trainer.batches = group, batches
+    if group.size > 1:
+        trainer.total = StepSum(group, [p for p in model.parameters() if p.requires_grad])
     trainer.loss_is_scaled_for_ga = True
     trainer.remove_callback(PrinterCallback)
     hooks.trainer = trainer
@@ -132,13 +167,18 @@ def train_steps(
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """A list that SIGTERM and SIGINT put their number into; a second signal ends the process at once."""
+def stop_signals(alone: bool = True) -> Iterator[list[int]]:
+    """A list that SIGTERM and SIGINT put their number into; a second signal ends the process at once.
+
+    A process that is not `alone` leaves that to the one that started it: a signal to all of them may reach it twice.
+    """
     received: list[int] = []
 
     def receive(number: int, _: object) -> None:
         if received:
-            raise SystemExit(128 + number)
+            if alone:
+                raise SystemExit(128 + number)
+            return
         received.append(number)
         print("\nstopping after this step; a second signal stops at once", flush=True)
 

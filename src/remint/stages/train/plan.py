@@ -36,7 +36,7 @@ def make_plan(lengths: Sequence[int], train: Train, seed: int) -> Plan:
         for row in epoch_rows(lengths, train.max_length, train.packing, seed, epoch)
     ]
     batches = [rows[start : start + train.micro_batch] for start in range(0, len(rows), train.micro_batch)]
-    return Plan(batches, train.accumulation)
+    return Plan(batches, train.accumulation * train.processes)
 
 
 def lr_factor(step: int, steps: int, warmup_ratio: float, schedule: str) -> float:
@@ -53,23 +53,30 @@ def lr_factor(step: int, steps: int, warmup_ratio: float, schedule: str) -> floa
 
 
 class Batches(Dataset[Batch]):
-    """The plan's micro-batches from a step on, ready for the model.
+    """Those of the plan's micro-batches from a step on that process `rank` of `size` computes, ready for the model.
+
+    The processes take turns, and all have equally many: who has none left in the last step gets its last one again, with
+    weight 0.
 
     `weight` is one over the supervised tokens of the whole optimizer step: a token counts the same in whichever
     micro-batch it lies.
     """
 
-    def __init__(self, documents: Sequence[Document], plan: Plan, first_step: int):
+    def __init__(self, documents: Sequence[Document], plan: Plan, first_step: int, rank: int = 0, size: int = 1):
         self._documents, self.plan, self.first_step = documents, plan, first_step
+        self._rank, self._size = rank, size
 
     def __len__(self) -> int:
         # The last step may be smaller than the others: after it, nothing is left rather than less than nothing.
-        return max(0, len(self.plan.micro_batches) - self.first_step * self.plan.accumulation)
+        left = len(self.plan.micro_batches) - self.first_step * self.plan.accumulation
+        return max(0, math.ceil(left / self._size))
 
     def __getitem__(self, index: int) -> Batch:
-        position = self.first_step * self.plan.accumulation + index
-        batch = self.plan.micro_batches[position]
-        weight = torch.tensor(1 / max(1, self.learned(position // self.plan.accumulation)))
+        position = self.first_step * self.plan.accumulation + index * self._size + self._rank
+        last = len(self.plan.micro_batches) - 1
+        batch = self.plan.micro_batches[min(position, last)]
+        learned = self.learned(position // self.plan.accumulation)
+        weight = torch.tensor(1 / max(1, learned) if position <= last else 0.0)
         return collate([[self._documents[number] for number in row] for row in batch]) | {"weight": weight}
 
     def learned(self, step: int) -> int:

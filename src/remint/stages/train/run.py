@@ -19,6 +19,7 @@ from remint.core.paths import SCRATCH, Paths
 from remint.loss import SupervisedLoss
 from remint.packing import cut, encode
 from remint.stages.train import checkpoint, footprint, loop
+from remint.stages.train.group import Group, joined
 from remint.stages.train.plan import lr_factor, make_plan
 from remint.stages.train.session import Session
 from remint.stages.train.settings import Train
@@ -44,18 +45,33 @@ def run(
     }
     settings = {"seed": seed, "runtime": asdict(runtime), "train": asdict(train)}
     made_by = {"train": {"settings": settings, "dependencies": dict(dependencies)}}
-    with _only_writer(SCRATCH / "train" / fingerprint, train.resume) as scratch, loop.stop_signals() as signals:
-        session = _open(seed, train, paths, log, scratch / "steps", signals, fingerprint)
+    scratch = SCRATCH / "train" / fingerprint
+    with (
+        joined(train.processes) as group,
+        _only_writer(scratch, train.resume) if group.leads else contextlib.nullcontext(),
+        loop.stop_signals(alone=group.size == 1) as signals,
+    ):
+        session = _open(seed, train, paths, log, scratch / "steps", signals, fingerprint, group)
         done = session.restore()
         session.begin(done)
         try:
             loop.train_steps(
-                session.model, session.optimizer, session.scheduler, session.batches(done), train, seed, session.record
+                session.model,
+                session.optimizer,
+                session.scheduler,
+                session.batches(done),
+                train,
+                seed,
+                session.record,
+                group,
             )
         finally:
             session.end()  # an error's line must not follow the bar's
-        _publish(session, paths.checkpoint, origin, made_by)
-        checkpoint.discard(session.store)
+        if group.leads:
+            _publish(session, paths.checkpoint, origin, made_by)
+            checkpoint.discard(session.store)
+    if not group.leads:
+        return
     shutil.rmtree(scratch)
     best = session.recorded
     print(
@@ -64,7 +80,7 @@ def run(
 
 
 def _open(
-    seed: int, train: Train, paths: Paths, log: Log, store: Path, signals: Sequence[int], fingerprint: str
+    seed: int, train: Train, paths: Paths, log: Log, store: Path, signals: Sequence[int], fingerprint: str, group: Group
 ) -> Session:
     """Load and prepare everything that a run needs, at its first step."""
     loop.workers()  # a mistake in it is told before the work
@@ -80,6 +96,8 @@ def _open(
     if modeling.device().type == "cuda":
         footprint.check(paths.base, train)
     model = _model(seed, train, paths.base)
+    if group.size > 1:
+        model.skip(0)  # a model that cannot is told before the work
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad],
         lr=train.lr,
@@ -105,6 +123,7 @@ def _open(
         identity={"fingerprint": fingerprint, **conditions},
         log=log,
         signals=signals,
+        group=group,
     )
 
 
@@ -118,13 +137,13 @@ def _model(seed: int, train: Train, base: Path) -> SupervisedLoss:
 
 
 @contextlib.contextmanager
-def _only_writer(scratch: Path, resume: bool) -> Iterator[Path]:
+def _only_writer(scratch: Path, resume: bool) -> Iterator[None]:
     """The run's scratch folder, held by this process alone. Raises ArtefactError if another one holds it."""
     scratch.mkdir(parents=True, exist_ok=True)
     with held(scratch / "lock", "is training this very run"):
         if not resume:
             checkpoint.discard(scratch / "steps")
-        yield scratch
+        yield
 
 
 def _publish(session: Session, target: Path, origin: dict[str, Any], made_by: dict[str, Any]) -> None:

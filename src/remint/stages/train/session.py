@@ -18,6 +18,7 @@ from remint.loss import SupervisedLoss, mean_loss
 from remint.packing import Document
 from remint.stages.train import checkpoint
 from remint.stages.train.checkpoint import Checkpoint
+from remint.stages.train.group import Group
 from remint.stages.train.loop import Finished
 from remint.stages.train.plan import Batches, Plan, lr_factor
 from remint.stages.train.settings import Train
@@ -49,15 +50,19 @@ class Session:
     identity: dict[str, Any]
     log: Log
     signals: Sequence[int]
+    group: Group
     recorded: Recorded = field(default_factory=Recorded)
     started: float = field(default_factory=time.monotonic)
     bar: Any = None
 
     def restore(self) -> int:
         """Continue from the newest whole checkpoint, if there is one; returns the steps that are done."""
-        found = checkpoint.load_newest(self.store, self.identity)
-        if found is None:
+        # One process looks and tidies up; the others read what it found.
+        found = checkpoint.load_newest(self.store, self.identity) if self.group.leads else None
+        step = self.group.agreed(found.step if found else -1)
+        if step < 0:
             return 0
+        found = found or checkpoint.load(self.store / checkpoint.folder_name(step))
         if found.state.keys() != vars(Recorded()).keys():
             raise ArtefactError(
                 f"{self.store}: step {found.step} records other things than a run does; remove the folder"
@@ -73,7 +78,8 @@ class Session:
         self.optimizer.load_state_dict(state)
         self._set_schedule(found.step)
         self.recorded = Recorded(**found.state)
-        print(f"train: continuing after step {found.step} of {self.plan.steps}", flush=True)
+        if self.group.leads:
+            print(f"train: continuing after step {found.step} of {self.plan.steps}", flush=True)
         return found.step
 
     def _set_schedule(self, done: int) -> None:
@@ -87,7 +93,7 @@ class Session:
 
     def batches(self, done: int) -> Batches:
         """The micro-batches that are left after `done` steps."""
-        return Batches(self.documents["train"], self.plan, done)
+        return Batches(self.documents["train"], self.plan, done, self.group.rank, self.group.size)
 
     def token_counts(self) -> dict[str, int]:
         """Tokens of one pass over the training rows, supervised ones among them, and rows of the whole run."""
@@ -100,7 +106,14 @@ class Session:
 
     def begin(self, done: int) -> None:
         """Open the progress bar; before the first step, measure and sample the untrained model."""
-        self.bar = tqdm(total=self.plan.steps, initial=done, unit="step", desc="train", dynamic_ncols=True)
+        self.bar = tqdm(
+            total=self.plan.steps,
+            initial=done,
+            unit="step",
+            desc="train",
+            dynamic_ncols=True,
+            disable=not self.group.leads,
+        )
         for row in self.recorded.history:
             self.log({key: value for key, value in row.items() if key != "step"}, int(row["step"]))
         if done == 0:
@@ -118,13 +131,12 @@ class Session:
         self.log({"tokens_per_second": speed}, finished.step)
         last = finished.step == self.plan.steps
         (self._measure if last or finished.step % self.train.eval_steps == 0 else self._note)(row)
-        stopping = bool(self.signals) and not last
-        if stopping or self._is_due(finished.step):
+        signal = self.group.agreed(self.signals[0] if self.signals else 0)
+        stopping = bool(signal) and not last
+        if self.group.leads and (stopping or self._is_due(finished.step)):
             self._save(finished.step)
         if stopping:
-            raise Stopped(
-                f"train: stopped after step {finished.step}; the same command continues there", 128 + self.signals[0]
-            )
+            raise Stopped(f"train: stopped after step {finished.step}; the same command continues there", 128 + signal)
         self.started = time.monotonic()
 
     def end(self) -> None:
@@ -139,11 +151,12 @@ class Session:
         """Held-out losses of the present adapter, and its answers to the sample prompts."""
         step = int(row["step"])
         identity, control = self.documents["held_out"], self.documents["control"]
-        row["held_out_loss"] = mean_loss(self.model, identity + control, self.train.max_length)
+        row["held_out_loss"] = mean_loss(self.model, identity + control, self.train.max_length, self.group.map)
         self._note(row)
         if self.recorded.best_loss is None or row["held_out_loss"] < self.recorded.best_loss:
             self.recorded.best_loss, self.recorded.best_step = row["held_out_loss"], step
-        self._sample(step)
+        if self.group.leads:
+            self._sample(step)
 
     def _sample(self, step: int) -> None:
         self.model.eval()

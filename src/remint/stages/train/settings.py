@@ -24,6 +24,7 @@ class Train:
     packing: bool
     micro_batch: int
     accumulation: int
+    processes: int
     precision: str
     gradient_checkpointing: bool
     kernels: str
@@ -59,6 +60,7 @@ def _batch_rules(t: Train) -> list[tuple[bool, str, object, str]]:
         (8 <= t.max_length <= 1_000_000, "max_length", t.max_length, "must be between 8 and 1000000 tokens"),
         (1 <= t.micro_batch <= 4096, "micro_batch", t.micro_batch, "must be between 1 and 4096"),
         (1 <= t.accumulation <= 4096, "accumulation", t.accumulation, "must be between 1 and 4096"),
+        (1 <= t.processes <= 1024, "processes", t.processes, "must be between 1 and 1024"),
         (t.precision in DTYPES, "precision", t.precision, f"must be one of {', '.join(DTYPES)}"),
         (t.kernels in ("fused", "plain"), "kernels", t.kernels, "must be fused or plain"),
     ]

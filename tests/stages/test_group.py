@@ -1,0 +1,146 @@
+"""Several processes share a training: the same bytes as one with as many times the accumulation, whatever happens to them."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from torch.distributed import TCPStore
+
+from remint.core import launch
+from remint.core.config import Runtime
+from remint.core.errors import RemintError, SettingsError, Stopped
+from remint.core.log import silent
+from remint.modeling import Lora, Quantization
+from remint.stages.train import group, run, session
+from tests.stages.test_train import PATHS, settings, write_inputs
+
+PRELOADED = ["tests.stages.test_group", "transformers.models.llama.modeling_llama"]
+
+
+def member(root, rank, size, port, changes, harm):
+    """One process of a training, which `harm` may befall: (rank, step, signal)."""
+    os.chdir(root)
+    with Path(f"said-{rank}").open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    if size > 1:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    record = session.Session.record
+
+    def harmed(self, finished):
+        if (rank, finished.step) == harm[:2]:
+            os.kill(os.getpid(), harm[2])
+        record(self, finished)
+
+    session.Session.record = harmed
+    run.SCRATCH = Path(".scratch")
+    try:
+        run.run(7, Runtime(1, True), settings(**changes), PATHS, silent, "f" * 64, {"code.py": "c" * 64})
+    except RemintError as error:
+        print(error)
+        sys.exit(error.status if isinstance(error, Stopped) else 1)
+
+
+@pytest.fixture(scope="module")
+def server():
+    """Starts processes that have everything imported."""
+    kept = dict(os.environ)
+    os.environ |= launch.environment(1, network=False) | {"REMINT_DEVICE": "cpu"}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    yield context
+    os.environ.clear()
+    os.environ |= kept
+
+
+@pytest.fixture
+def train(server, tmp_path, tiny):
+    """Train with so many processes; returns their statuses and the files of the artefact, if there is one."""
+    write_inputs(tmp_path, tiny)
+
+    def trained(size, harm=(0, 0, 0), **changes):
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        given = ({"processes": size} | changes, harm)
+        members = [
+            server.Process(target=member, args=(tmp_path, rank, size, store.port, *given)) for rank in range(size)
+        ]
+        for process in members:
+            process.start()
+        for process in members:
+            process.join(120)
+        target = tmp_path / "checkpoint"
+        files = {str(p.relative_to(target)): p.read_bytes() for p in sorted(target.rglob("*")) if p.is_file()}
+        shutil.rmtree(target, ignore_errors=True)
+        return [process.exitcode for process in members], files
+
+    trained.said = lambda rank: (tmp_path / f"said-{rank}").read_text()
+    return trained
+
+
+def comparable(files):
+    """What must be equal: everything but the settings that differ, and the digests that cover them."""
+    facts = json.loads(files["manifest.json"])["facts"]
+    facts["made_by"]["train"]["settings"]["train"] |= {"accumulation": None, "processes": None}
+    return facts, {name: data for name, data in files.items() if not name.endswith("manifest.json")}
+
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("size", "accumulation", "changes"),
+    [
+        (2, 1, {}),
+        (2, 2, {"lora": Lora(4, 8, 0.1, ALL)}),
+        (3, 2, {"gradient_checkpointing": True}),
+        (2, 2, {"quantization": Quantization("nf4", True, 64, "each_use"), "micro_batch": 2}),
+        (2, 3, {"kernels": "plain", "lora": Lora(4, 8, 0.0, ALL)}),
+        (2, 2, {"packing": False}),
+    ],
+)
+def test_processes_give_the_bytes_of_one_with_as_many_times_the_accumulation(train, size, accumulation, changes):
+    changes = {"epochs": 5, "max_length": 64} | changes
+    statuses, together = train(size, accumulation=accumulation, **changes)
+    assert statuses == [0] * size, train.said(0) + train.said(1)
+    _, alone = train(1, accumulation=accumulation * size, **changes)
+    assert comparable(together) == comparable(alone)
+    history = [json.loads(line) for line in together["history.jsonl"].splitlines()]
+    assert len(history) >= 5
+    assert history[-1]["loss"] < history[1]["loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("number", "statuses"), [(signal.SIGTERM, (143, 143)), (signal.SIGINT, (130, 130)), (signal.SIGKILL, (-9, 75))]
+)
+def test_what_befalls_one_process_ends_all_and_the_run_goes_on_to_the_same_bytes(train, rank, number, statuses):
+    _, whole = train(2, accumulation=1)
+    ended, files = train(2, harm=(rank, 4, number), accumulation=1)
+    assert not files
+    assert [ended[rank], ended[1 - rank]] == list(statuses)
+    again, files = train(2, accumulation=1)
+    assert again == [0, 0]
+    assert "continuing after step 4" in train.said(0) or number == signal.SIGKILL
+    assert "continuing after step" in train.said(0)
+    assert files == whole
+
+
+@pytest.mark.slow
+def test_masks_that_no_other_process_could_draw_are_refused(train):
+    statuses, _ = train(2, kernels="plain")
+    assert statuses == [1, 1]
+    assert "train.processes: must be 1 where torch's own dropout is used" in train.said(0)
+
+
+def test_a_number_of_processes_that_were_not_started_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(SettingsError, match=r"train\.processes: must be 4, the number of processes"), group.joined(2):
+        pass
