@@ -53,6 +53,19 @@ def test_in_half_precision_it_is_no_farther_from_the_truth_than_the_plain_way(ti
     assert ours < 1.1 * theirs
 
 
+def test_a_skipped_pass_draws_what_a_pass_draws(tiny):
+    model = load_model(tiny.folder, torch.bfloat16, torch.device("cuda"))
+    loss = SupervisedLoss(add_lora(model, Lora(8, 16, 0.1, TARGETS)), fused=True).train()
+    batch = moved(collate([[document([5] * 40, [True] * 40)]]), torch.device("cuda"))
+    torch.manual_seed(7)
+    loss(**batch).backward()
+    states = torch.get_rng_state(), torch.cuda.get_rng_state()
+    torch.manual_seed(7)
+    loss.skip(1)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert torch.equal(torch.cuda.get_rng_state(), states[1])
+
+
 @pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True}, {"precision": "float16"}], ids=str)
 def test_two_runs_and_a_killed_one_leave_the_same_bytes(places, monkeypatch, changes):
     settings = {**GPU, **changes}

@@ -53,6 +53,19 @@ def test_loss_and_gradients_are_the_plain_ones(tiny, targets, rows, dequantize):
     assert largest_difference(gradients, reference) < 1e-5
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("rows", [(ROW,), (ROW, ROW[:1])], ids=["one row", "two rows"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_skipped_pass_draws_what_a_pass_draws(tiny, dropout, rows, checkpointing):
+    loss = adapted(tiny, True, dropout, checkpointing=checkpointing)
+    step(loss, rows)
+    after = torch.get_rng_state()
+    torch.manual_seed(7)
+    assert torch.equal(torch.get_rng_state(), after) is (dropout == 0)
+    loss.skip(1)
+    assert torch.equal(torch.get_rng_state(), after)
+
+
 def test_it_is_really_fused(tiny):
     layers = dict(adapted(tiny, True).named_modules())
     fused = [name for name, layer in layers.items() if isinstance(getattr(layer, "forward", None), cpu._Fused)]

@@ -205,3 +205,59 @@ def test_a_signal_saves_and_leaves_with_its_own_status(server, built, tmp_path, 
     victim.run()
     assert "continuing after step" in victim.log.read_text()
     victim.check_the_end(whole)
+
+
+SHARED = ("docker/run", "python", "-m", "remint", "train", "train.processes=2", "train.accumulation=4")
+
+
+def only_results(files):
+    """Without the manifests, which record the settings."""
+    return {name: data for name, data in files.items() if not name.endswith("manifest.json")}
+
+
+def workers_of(process):
+    """The processes that a training has started, once they train."""
+    return sorted(psutil.Process(process.pid).children(), key=lambda worker: worker.create_time())
+
+
+@pytest.mark.parametrize(
+    ("number", "victim", "status", "said"),
+    [
+        (signal.SIGTERM, "starter", 143, "the same command continues there"),
+        (signal.SIGINT, "starter", 130, "the same command continues there"),
+        (signal.SIGTERM, "all", 143, "the same command continues there"),
+        (signal.SIGKILL, "second", 1, "error: train: process 2 of 2 was ended by SIGKILL; the same command continues"),
+        (signal.SIGKILL, "starter", -9, "the same command continues there"),
+    ],
+)
+def test_processes_that_share_a_training_end_together_and_go_on_together(built, number, victim, status, said):
+    whole = only_results(built.bytes("checkpoint"))
+    shutil.rmtree(built.root / "data/checkpoint")
+    process = built.start(*SHARED, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    wait_for(lambda: list(built.root.glob(".scratch/train/*/steps/step-00000002")), process)
+    workers = workers_of(process)
+    assert len(workers) == 2
+    for target in {"starter": [process], "second": workers[1:], "all": [process, *workers]}[victim]:
+        target.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == status, output[-3000:]
+    assert said in output
+    assert "Traceback" not in output
+    wait_for(lambda: not processes_in(built.root), seconds=20)
+    assert not (built.root / "data/checkpoint").exists()
+    assert "continuing after step" in built.run(*SHARED)
+    assert only_results(built.bytes("checkpoint")) == whole
+
+
+def test_torchrun_may_start_the_processes_too(built):
+    whole = only_results(built.bytes("checkpoint"))
+    shutil.rmtree(built.root / "data/checkpoint")
+    torchrun = ("python", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    built.run("docker/run", *torchrun, "-m", "remint", *SHARED[4:])
+    assert only_results(built.bytes("checkpoint")) == whole
+
+
+def test_a_mistake_that_only_the_training_finds_is_told_once(built):
+    said = built.run(*SHARED, "train.lora.targets=[nothing]", status=1)
+    assert said.count("params: train.lora.targets: the base has no layer of that name") == 1
+    assert "Traceback" not in said

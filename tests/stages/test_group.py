@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from torch.distributed import TCPStore
 
 from remint.core import launch
@@ -19,6 +20,7 @@ from remint.modeling import Lora, Quantization
 from remint.stages.train import group, run, session
 from tests.stages.test_train import PATHS, settings, write_inputs
 
+CPU = torch.device("cpu")
 PRELOADED = ["tests.stages.test_group", "transformers.models.llama.modeling_llama"]
 
 
@@ -102,7 +104,7 @@ ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
         (3, 2, {"gradient_checkpointing": True}),
         (2, 2, {"quantization": Quantization("nf4", True, 64, "each_use"), "micro_batch": 2}),
         (2, 3, {"kernels": "plain", "lora": Lora(4, 8, 0.0, ALL)}),
-        (2, 2, {"packing": False}),
+        (3, 6, {"packing": False}),  # in the last step, one process is a micro-batch short
     ],
 )
 def test_processes_give_the_bytes_of_one_with_as_many_times_the_accumulation(train, size, accumulation, changes):
@@ -140,7 +142,28 @@ def test_masks_that_no_other_process_could_draw_are_refused(train):
     assert "train.processes: must be 1 where torch's own dropout is used" in train.said(0)
 
 
+def test_micro_batches_are_added_in_the_order_of_the_plan_and_spare_ones_not_at_all(monkeypatch):
+    # 1e8 + 1 is 1e8: only one order gives these sums.
+    rounds = [[[1e8, 1.0, 4.0], [1.0, 1e8, 5.0]], [[-1e8, -1e8, 6.0], [7.0, 7.0, 7.0]]]
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    total = group.StepSum(group.Group(0, 2), [parameter])
+    for (mine, other), present in zip(rounds, (2, 1), strict=True):
+        exchanged = torch.tensor([mine[:2], other[:2]])
+        monkeypatch.setattr(group.dist, "all_to_all_single", lambda out, _, rows=exchanged: out.copy_(rows.flatten()))
+        parameter.grad = torch.tensor(mine[:2])
+        total.add(torch.tensor(mine[2]), present)
+        assert parameter.grad is None
+    monkeypatch.setattr(
+        group.dist, "all_gather_single", lambda out, part: out.copy_(torch.cat([part, torch.tensor([15.0, 0.0])]))
+    )
+    assert total.finish() == 15
+    assert parameter.grad.tolist() == [0, 0]
+
+
 def test_a_number_of_processes_that_were_not_started_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(SettingsError, match=r"train\.processes: must be 4, the number of processes"), group.joined(2):
+    with (
+        pytest.raises(SettingsError, match=r"train\.processes: must be 4, the number of processes"),
+        group.joined(2, CPU),
+    ):
         pass

@@ -92,7 +92,7 @@ class StepSum:
 
 
 @contextlib.contextmanager
-def joined(processes: int) -> Iterator[Group]:
+def joined(processes: int, device: torch.device) -> Iterator[Group]:
     """This process's place among those that were started together. Raises SettingsError if they are not `processes`."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size != processes:
@@ -104,7 +104,7 @@ def joined(processes: int) -> Iterator[Group]:
         yield Group()
         return
     with _together():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
     for name in _PLACE:
         os.environ.pop(name, None)
     # It advises to let the Trainer divide the work.

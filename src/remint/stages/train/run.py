@@ -47,7 +47,7 @@ def run(
     made_by = {"train": {"settings": settings, "dependencies": dict(dependencies)}}
     scratch = SCRATCH / "train" / fingerprint
     with (
-        joined(train.processes) as group,
+        joined(train.processes, modeling.device()) as group,
         _only_writer(scratch, train.resume) if group.leads else contextlib.nullcontext(),
         loop.stop_signals(alone=group.size == 1) as signals,
     ):
