@@ -44,6 +44,47 @@ def test_a_header_that_lies_is_refused(tmp_path, header):
         list(shards.tensors(tmp_path / shards.SINGLE))
 
 
+TENSORS = {
+    "b": torch.arange(600.0).view(20, 30),
+    "a": torch.arange(60.0).bfloat16().view(3, 4, 5),
+    "ü": torch.arange(7.0).half(),
+    "none": torch.zeros(0, 3),
+    "one": torch.tensor(5.0),
+    "c": torch.arange(33.0).bfloat16(),
+}
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("block", [1, 64, 2**20])
+def test_a_shard_is_rewritten_in_blocks_to_the_bytes_that_the_library_writes(tmp_path, monkeypatch, dtype, block):
+    monkeypatch.setattr(shards, "_BLOCK", block)
+    save_file(TENSORS, tmp_path / "old", metadata={"format": "pt"})
+    seen = {}
+
+    def doubled(name, rows, part):
+        assert rows.stop - rows.start == len(part)
+        assert torch.equal(part, TENSORS[name][rows])
+        seen.setdefault(name, []).append(part.numel())
+        return (part * 2).to(dtype or part.dtype)
+
+    tensors = {name: t for name, t in TENSORS.items() if name != "one"}
+    save_file(tensors, tmp_path / "old", metadata={"format": "pt"})
+    size = shards.rewrite(tmp_path / "old", tmp_path / "new", doubled, dtype, whole=lambda name: name == "c")
+    expected = {name: (t * 2).to(dtype or t.dtype) for name, t in tensors.items()}
+    save_file(expected, tmp_path / "expected", metadata={"format": "pt"})
+    assert (tmp_path / "new").read_bytes() == (tmp_path / "expected").read_bytes()
+    assert size == sum(t.numel() * t.element_size() for t in expected.values())
+    assert seen["c"] == [33]
+    assert max(seen["b"]) == min(600, max(30, block // 30 * 30))
+
+
+def test_a_damaged_shard_is_not_rewritten(tmp_path):
+    write(tmp_path, {"a": tensor([3], 0, 16)})
+    with pytest.raises(ArtefactError, match="no readable safetensors"):
+        shards.rewrite(tmp_path / shards.SINGLE, tmp_path / "new", lambda *_: None, None, whole=lambda _: False)
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("length", [0, 17, 10**8 + 1, 2**63 - 1, 2**64 - 1])
 def test_a_header_longer_than_the_file_is_refused(tmp_path, length):
     write(tmp_path, {"a": tensor([4], 0, 16)}, length=length)

@@ -93,10 +93,10 @@ def read(folder: Path) -> tuple[dict[str, torch.Tensor], Lora]:
     return load(folder / WEIGHTS), settings
 
 
-def delta(tensors: Mapping[str, torch.Tensor], layer: str, settings: Lora) -> torch.Tensor:
-    """What LoRA adds to a layer's weight: B·A·alpha/rank (Hu et al. 2021), fp32, shape (outputs, inputs)."""
+def delta(tensors: Mapping[str, torch.Tensor], layer: str, settings: Lora, rows: slice = slice(None)) -> torch.Tensor:
+    """What LoRA adds to `rows` of a layer's weight: B·A·alpha/rank (Hu et al. 2021), fp32, shape (outputs, inputs)."""
     a = tensors[f"{_PREFIX}{layer}.lora_A.weight"].float()
-    b = tensors[f"{_PREFIX}{layer}.lora_B.weight"].float()
+    b = tensors[f"{_PREFIX}{layer}.lora_B.weight"][rows].float()
     return (b @ a) * (settings.alpha / settings.rank)
 
 

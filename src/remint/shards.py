@@ -1,8 +1,12 @@
 """Read and write a model's safetensors shard by shard, so that memory is bounded by the largest shard, not the model."""
 
 import contextlib
-from collections.abc import Iterator
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,6 +18,14 @@ from remint.manifest import dump_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+# The library puts larger types first, and of those with one size the one that its list has later.
+_ORDER = ("F32", "BF16", "F16")
+_KINDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_DTYPES = {kind: dtype for dtype, kind in _KINDS.items()}
+# Numbers in a block of rows: what is computed with them stays in a processor's cache.
+_BLOCK = 2**20
+
+Change = Callable[[str, slice, torch.Tensor], torch.Tensor]
 
 
 def files(folder: Path, single: str = SINGLE) -> list[Path]:
@@ -49,6 +61,12 @@ def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return found
 
 
+def names(path: Path) -> list[str]:
+    """The names of a shard's tensors, sorted."""
+    with _opened(path) as shard:
+        return sorted(shard.keys())
+
+
 def tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of one shard, one at a time, in the order of their names."""
     with _opened(path) as shard:
@@ -56,6 +74,40 @@ def tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
             with _told(path):
                 tensor = shard.get_tensor(name)
             yield name, tensor
+
+
+def rewrite(source: Path, target: Path, change: Change, dtype: torch.dtype | None, whole: Callable[[str], bool]) -> int:
+    """Write the shard `source` anew with every tensor changed, in `dtype` or each tensor's own; returns the tensors' bytes.
+
+    `change` takes a tensor's name, a range of its rows and these rows. It gets all of them at once if `whole` says so, else a few
+    megabytes: the library reads and writes whole tensors and shards. The bytes are those that it would write.
+    """
+    with _opened(source):  # it has looked whether the header fits the file
+        pass
+    with source.open("rb", buffering=0) as old, target.open("wb", buffering=0) as new:
+        found = json.loads(_read(old, int.from_bytes(_read(old, 8), "little")))
+        found.pop("__metadata__", None)
+        data = old.tell()
+        kinds = {name: _KINDS[dtype] if dtype else facts["dtype"] for name, facts in found.items()}
+        order = sorted(found, key=lambda name: (_ORDER.index(kinds[name]), name))
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name in order:
+            start, end = end, end + math.prod(found[name]["shape"]) * _DTYPES[kinds[name]].itemsize
+            header[name] = {"dtype": kinds[name], "shape": found[name]["shape"], "data_offsets": [start, end]}
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        _write(new, len(text).to_bytes(8, "little") + text)
+        for name in order:
+            old.seek(data + found[name]["data_offsets"][0])
+            (count, *rest), stored = found[name]["shape"], _DTYPES[found[name]["dtype"]]
+            step = count if whole(name) else max(1, _BLOCK // math.prod(rest))
+            for first in range(0, count, step):
+                rows = slice(first, min(count, first + step))
+                shape = (rows.stop - first, *rest)
+                block = torch.frombuffer(_read(old, math.prod(shape) * stored.itemsize), dtype=stored).view(shape)
+                _write(new, change(name, rows, block).contiguous().view(torch.uint8).numpy().data)
+        return end
 
 
 class Writer:
@@ -87,16 +139,37 @@ class Writer:
     def close(self) -> None:
         """Write what is left and give the shards their final names, with an index where there are several."""
         self.cut()
-        if len(self._shards) == 1:
-            (self._folder / "part-00000").rename(self._folder / SINGLE)
-            return
-        weight_map = {}
-        for number, names in enumerate(self._shards):
-            final = f"model-{number + 1:05d}-of-{len(self._shards):05d}.safetensors"
-            (self._folder / f"part-{number:05d}").rename(self._folder / final)
-            weight_map.update(dict.fromkeys(names, final))
-        index = {"metadata": {"total_size": self.total}, "weight_map": weight_map}
-        (self._folder / INDEX).write_text(dump_json(index), encoding="utf-8")
+        name_shards(self._folder, self._shards, self.total)
+
+
+def name_shards(folder: Path, names: Sequence[Iterable[str]], total: int) -> None:
+    """Give the files part-00000, …, which hold the tensors of `names`, their final names; several get an index."""
+    if len(names) == 1:
+        (folder / "part-00000").rename(folder / SINGLE)
+        return
+    weight_map = {}
+    for number, held in enumerate(names):
+        final = f"model-{number + 1:05d}-of-{len(names):05d}.safetensors"
+        (folder / f"part-{number:05d}").rename(folder / final)
+        weight_map.update(dict.fromkeys(held, final))
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX).write_text(dump_json(index), encoding="utf-8")
+
+
+def _read(file: FileIO, size: int) -> bytearray:
+    """So many bytes of the file, which has them."""
+    data = bytearray(size)
+    left = memoryview(data)
+    while left:
+        left = left[file.readinto(left) or 0 :]
+    return data
+
+
+def _write(file: FileIO, data: Any) -> None:
+    """All of the data: an unbuffered file may take a part of it at a time."""
+    left = memoryview(data).cast("B")
+    while left:
+        left = left[file.write(left) :]
 
 
 @contextlib.contextmanager

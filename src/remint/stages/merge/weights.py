@@ -1,4 +1,4 @@
-"""Add an adapter to a base tensor by tensor: memory never holds more than one shard."""
+"""Add an adapter to a base, a few megabytes at a time."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +16,8 @@ def merge_tensor(
 
     With `quantization` the weight is first rounded to 4 bits and back, as the adapter saw it while it was trained.
     """
+    if delta is None and quantization is None:
+        return weight.to(dtype)
     full = weight.float()
     if quantization is not None:
         full = modeling.dequantized(full, quantization)
@@ -33,16 +35,22 @@ def write_merged(
     """Write the merged model with the base's own shards, in `dtype` or each tensor's own; returns its bytes."""
     adapted = adapter.adapted_layers(shards.shapes(base), lora.targets)
     linears = _linear_names(base)
-    writer = shards.Writer(draft, limit=2**62)
-    for path in shards.files(base):
-        for name, weight in shards.tensors(path):
-            layer = name.removesuffix(".weight")
-            delta = adapter.delta(tensors, layer, lora) if layer in adapted else None
-            rounded = quantization if name.endswith(".weight") and layer in linears else None
-            writer.add(name, merge_tensor(weight, delta, rounded, dtype or weight.dtype))
-        writer.cut()
-    writer.close()
-    return writer.total
+
+    def is_rounded(name: str) -> bool:
+        # As a whole: double quantization takes a mean over all of it.
+        return quantization is not None and name.endswith(".weight") and name.removesuffix(".weight") in linears
+
+    def merged(name: str, rows: slice, weight: torch.Tensor) -> torch.Tensor:
+        layer = name.removesuffix(".weight")
+        delta = adapter.delta(tensors, layer, lora, rows) if layer in adapted else None
+        return merge_tensor(weight, delta, quantization if is_rounded(name) else None, dtype or weight.dtype)
+
+    names, total = [], 0
+    for number, path in enumerate(shards.files(base)):
+        names.append(shards.names(path))
+        total += shards.rewrite(path, draft / f"part-{number:05d}", merged, dtype, whole=is_rounded)
+    shards.name_shards(draft, names, total)
+    return total
 
 
 def _linear_names(base: Path) -> set[str]:
