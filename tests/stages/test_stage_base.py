@@ -5,6 +5,7 @@ import zipfile
 from dataclasses import replace
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -300,6 +301,15 @@ def test_a_gguf_is_read_and_its_template_left_behind(paths, monkeypatch):
     stage(paths)
     assert torch.equal(logits(paths.base), logits(folder / "source"))
     assert not any("9**9" in path.read_text(errors="replace") for path in paths.base.iterdir())
+
+
+def test_the_names_of_a_ggufs_tensors_are_made_once_for_the_whole_model(tmp_path, monkeypatch):
+    asked = []
+    made = gguf.get_tensor_name_map
+    monkeypatch.setattr(gguf, "get_tensor_name_map", lambda *arguments: asked.append(arguments) or made(*arguments))
+    write_tiny_gguf(tmp_path)
+    layout.write_weights(tmp_path, "m.gguf", layout.read_config(tmp_path, "m.gguf"), torch.float32, tmp_path, 2**30)
+    assert len(asked) == 1
 
 
 def test_a_gguf_without_all_its_tensors_is_refused(tmp_path):
