@@ -83,12 +83,14 @@ def _load(names: Sequence[str], kind: str, identity: Identity, source: Path) -> 
 
 
 def _write(unique: Sequence[Record], order: Sequence[int] | np.ndarray, path: Path) -> None:
-    """Write the rows in the given order. The copies exist only as row numbers until they are streamed to the file."""
+    """Write the rows in the given order. Each record becomes a line once; its copies are row numbers until they are written."""
     if not unique:
         path.touch()
         return
-    table = datasets.Dataset.from_list([record.row() for record in unique])
-    table.select(order).to_json(path, force_ascii=False)
+    datasets.Dataset.from_list([record.row() for record in unique]).to_json(path, force_ascii=False)
+    lines = path.read_bytes().split(b"\n")  # not splitlines: JSON leaves some characters that it takes for line breaks
+    with path.open("wb") as file:
+        file.writelines(lines[index] + b"\n" for index in order)
 
 
 def _counts(chosen: Sequence[Record], copies: int) -> dict[str, object]:
