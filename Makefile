@@ -1,6 +1,6 @@
 # Bare `make` lists the targets. Each makes the environment first if it is not there yet.
 .DEFAULT_GOAL := help
-.PHONY: help setup repro chat ui recipes recipe status metrics plots experiments test test-quick fuzz lint format lock sbom audit clean verify reproduce sign
+.PHONY: help setup repro chat ui recipes recipe status metrics plots experiments test test-quick fuzz lint format lock sbom audit clean verify reproduce sign bench-throughput
 
 SHELL := /bin/sh
 VENV := .venv
@@ -21,7 +21,7 @@ export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(DONE) ## make the environment and MLflow's database (done by every target when needed)
 
@@ -91,6 +91,9 @@ test-quick: $(DONE) ## the quick suite alone
 fuzz: $(DONE) ## feed every reader spoilt input, new each time (MINUTES=10)
 	@end=$$(($$(date +%s) + 60 * $(MINUTES))); while [ $$(date +%s) -lt $$end ]; do \
 		FUZZ_EXAMPLES=500 $(BIN)/python -m pytest -q tests/fuzz || exit 1; done
+
+bench-throughput: $(DONE) ## time everything but training over growing sizes (PARTS="merge hashing")
+	@$(BIN)/python benchmarks/throughput.py $(if $(PARTS),--parts $(PARTS),--plot docs/throughput.svg)
 
 lint: $(DONE) ## style and types
 	$(BIN)/ruff check .
