@@ -97,7 +97,7 @@ def delta(tensors: Mapping[str, torch.Tensor], layer: str, settings: Lora, rows:
     """What LoRA adds to `rows` of a layer's weight: B·A·alpha/rank (Hu et al. 2021), fp32, shape (outputs, inputs)."""
     a = tensors[f"{_PREFIX}{layer}.lora_A.weight"].float()
     b = tensors[f"{_PREFIX}{layer}.lora_B.weight"][rows].float()
-    return (b @ a) * (settings.alpha / settings.rank)
+    return (b @ a).mul_(settings.alpha / settings.rank)
 
 
 def load(path: Path) -> dict[str, torch.Tensor]:

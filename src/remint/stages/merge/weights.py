@@ -12,16 +12,12 @@ from remint.modeling import Lora, Quantization
 def merge_tensor(
     weight: torch.Tensor, delta: torch.Tensor | None, quantization: Quantization | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """One weight with what LoRA adds, summed in fp32 and rounded once to `dtype`.
+    """One weight with what LoRA adds, summed in fp32, in the place of `delta`, and rounded once to `dtype`.
 
     With `quantization` the weight is first rounded to 4 bits and back, as the adapter saw it while it was trained.
     """
-    if delta is None and quantization is None:
-        return weight.to(dtype)
-    full = weight.float()
-    if quantization is not None:
-        full = modeling.dequantized(full, quantization)
-    return (full if delta is None else full + delta).to(dtype)
+    full = weight if quantization is None else modeling.dequantized(weight.float(), quantization)
+    return (full if delta is None else delta.add_(full)).to(dtype)
 
 
 def write_merged(

@@ -60,20 +60,19 @@ class StepSum:
     def __init__(self, group: Group, parameters: Sequence[torch.nn.Parameter]):
         assert all(parameter.dtype == torch.float32 for parameter in parameters)
         self._group, self._parameters = group, parameters
-        self._count = sum(parameter.numel() for parameter in parameters) + 1
+        self._sizes = [*(parameter.numel() for parameter in parameters), 1]
+        length = math.ceil(sum(self._sizes) / group.size) * group.size
+        self._sent, self._received = (torch.zeros(length, device=parameters[0].device) for _ in range(2))
         self._part: torch.Tensor | None = None
 
     def add(self, loss: torch.Tensor, present: int) -> None:
         """Take the gradients off the parameters. Only the first `present` processes had a micro-batch of the step."""
         mine = [parameter.grad for parameter in self._parameters]
-        flat = loss.new_zeros(math.ceil(self._count / self._group.size) * self._group.size)
-        torch.cat(
-            [gradient.flatten() for gradient in mine if gradient is not None] + [loss[None]], out=flat[: self._count]
-        )
-        received = torch.empty_like(flat)
+        gradients = [gradient.flatten() for gradient in mine if gradient is not None]
+        torch.cat([*gradients, loss[None]], out=self._sent[: sum(self._sizes)])
         with _together():
-            dist.all_to_all_single(received, flat)
-        for part in received.view(self._group.size, -1)[:present]:
+            dist.all_to_all_single(self._received, self._sent)
+        for part in self._received.view(self._group.size, -1)[:present]:
             self._part = part.clone() if self._part is None else self._part.add_(part)
         for parameter in self._parameters:
             parameter.grad = None
@@ -81,14 +80,13 @@ class StepSum:
     def finish(self) -> torch.Tensor:
         """Give the parameters their summed gradients; returns the summed loss."""
         assert self._part is not None
-        flat = self._part.new_empty(len(self._part) * self._group.size)
         with _together():
-            dist.all_gather_single(flat, self._part)
+            dist.all_gather_single(self._received, self._part)
         self._part = None
-        *gradients, loss = flat[: self._count].split([parameter.numel() for parameter in self._parameters] + [1])
+        *gradients, loss = self._received[: sum(self._sizes)].split(self._sizes)
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             parameter.grad = gradient.view_as(parameter)
-        return loss[0]
+        return loss[0].clone()
 
 
 @contextlib.contextmanager
