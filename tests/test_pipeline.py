@@ -21,6 +21,7 @@ ABOVE = {
     "terminal.py",
     "recipes.py",
     "served.py",
+    "server.py",
     "export.py",
     "import_adapter.py",
     "signature.py",

@@ -13,6 +13,7 @@ from remint.core.errors import RemintError, Stopped, no_right, no_room, one_line
 
 _COMMANDS = {
     "chat": "talk to the merged model",
+    "serve": "answer by HTTP with the merged model",
     "export": "write the merged model in the layout of its base (internlm2)",
     "import-adapter": "turn an adapter that XTuner trained for InternLM2 into one for the base",
     "sync": "write the pipeline's present state to MLflow as one run",
@@ -24,7 +25,12 @@ _COMMANDS = {
     "recipe": "put one of them in place",
 }
 # Commands with options of their own, by module.
-_WITH_OPTIONS = {"chat": "remint.terminal", "export": "remint.export", "import-adapter": "remint.import_adapter"}
+_WITH_OPTIONS = {
+    "chat": "remint.terminal",
+    "serve": "remint.server",
+    "export": "remint.export",
+    "import-adapter": "remint.import_adapter",
+}
 
 
 def main() -> int:
