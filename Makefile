@@ -1,14 +1,22 @@
 # Bare `make` lists the targets. Each makes the environment first if it is not there yet.
 .DEFAULT_GOAL := help
-.PHONY: help setup repro chat ui recipes recipe status metrics plots experiments test test-quick fuzz lint format lock sbom audit clean verify reproduce sign bench-throughput
+.PHONY: help setup repro chat ui recipes recipe status metrics plots experiments test test-quick test-image fuzz lint format lock sbom audit clean verify reproduce sign \
+	bench-throughput image inside shell stop up down backup restore remote share fetch
 
 SHELL := /bin/sh
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
+DOCKER ?= docker
 PORT ?= 5000
 MINUTES ?= 10
 DONE := $(VENV)/.complete
+# Inside the image the environment is there already.
+ifdef IN_IMAGE
+VENV := $(IN_IMAGE)
+BIN := $(IN_IMAGE)/bin
+DONE :=
+endif
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Tools that look after the lock files have an environment of their own, so that they are no part of what trains.
 TOOLS := .scratch/tools
@@ -16,7 +24,7 @@ COMPILE := $(TOOLS)/bin/uv pip compile --quiet --universal --python-version 3.11
 	--custom-compile-command 'make lock' $(if $(UPGRADE),--upgrade)
 
 # The environment's programs come first for everything that a target starts.
-export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PATH := $(abspath $(BIN)):$(PATH)
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
@@ -25,20 +33,14 @@ help: ## list the targets
 
 setup: $(DONE) ## make the environment and MLflow's database (done by every target when needed)
 
-$(DONE): docker/requirements.lock docker/torch.lock pyproject.toml
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "Python 3.11 or newer is needed, this is %d.%d; say PYTHON=python3.11" % v[:2])'
+.venv/.complete: docker/install docker/requirements.lock docker/torch.lock pyproject.toml
 	@echo "making the environment in $(VENV); this takes some minutes once"
-	@$(PYTHON) -m venv $(VENV)
-	@# Setuptools first: what has no wheel is built with this one, not with one that pip would fetch unchecked.
-	@sed -n '/^setuptools==/,/[^\\]$$/p' docker/requirements.lock | $(PIP) --require-hashes --no-deps --requirement /dev/stdin
-	@$(PIP) --require-hashes --no-deps --no-build-isolation --use-pep517 --requirement docker/requirements.lock
-	@# The build of torch depends on the machine, so no hash can be asked of it.
-	@$(PIP) --requirement docker/torch.lock
+	@PYTHON=$(PYTHON) docker/install $(VENV)
 	@$(PIP) --no-deps --no-build-isolation --editable .
 	@$(BIN)/python -m pip check --quiet --disable-pip-version-check
 	@# First use by several processes at once would fail; a server of yours looks after its own database.
 	@[ -n "$${MLFLOW_TRACKING_URI:-}" ] || $(BIN)/mlflow db upgrade sqlite:///$(CURDIR)/mlflow.db >/dev/null 2>&1
-	@touch $(DONE)
+	@touch $@
 
 repro: $(DONE) ## rebuild the whole pipeline: data, base, training, adapter, model, report
 	@$(BIN)/dvc repro
@@ -81,12 +83,59 @@ reproduce: $(DONE) ## rebuild the last commit elsewhere, compare every byte (TIM
 sign: $(DONE) ## sign the model with an SSH key (KEY=~/.ssh/id_ed25519)
 	@$(BIN)/remint sign $(KEY)
 
+image: ## build the container image and the one of MLflow's server (BASE=… to build on, CPU=1 without CUDA)
+	@$(PYTHON) docker/build $(IMAGES)
+
+inside: ## run another target as a whole in one container: nothing but the image is needed (TARGET=repro)
+	@RUNNER=docker docker/run make --no-print-directory $(or $(TARGET),repro)
+
+shell: ## open a shell in the image
+	@RUNNER=docker docker/run sh
+
+stop: ## end every container that works in this folder; what was trained stays
+	@for id in $$($(DOCKER) container ls --all --quiet --filter "label=remint.root=$$(pwd -P)"); do \
+		$(DOCKER) stop $$id >/dev/null; $(DOCKER) rm --force $$id >/dev/null 2>&1 || true; done
+
+up: ## serve MLflow on PostgreSQL, on loopback (CHAT=1: the chat server too, AUTH=1: with a password)
+	@docker/stack up
+
+down: ## end what `make up` started; its data stays
+	@docker/stack down
+
+backup: ## save the server's runs and artifacts into one file (FILE=…)
+	@docker/stack backup $(FILE)
+
+restore: ## put such a file back in place of what is there (FILE=…)
+	@docker/stack restore $(FILE)
+
+# What DVC needs for SSH and S3 is locked apart, for a change to the main lock reruns the stages.
+TRANSPORTS = case "$(URL) $$($(BIN)/dvc remote list)" in *ssh://* | *s3://*) \
+	$(PIP) --require-hashes --no-deps --requirement docker/remotes.lock ;; esac
+
+remote: $(DONE) ## choose where data is shared (URL=/folder, ssh://…, s3://… with ENDPOINT=…, https://…)
+	@$(TRANSPORTS)
+	@$(BIN)/dvc remote add --quiet --force --default team "$(URL)"
+	@$(BIN)/dvc remote modify team verify true
+	@$(if $(ENDPOINT),$(BIN)/dvc remote modify team endpointurl "$(ENDPOINT)")
+	@$(if $(filter http%,$(URL)),$(BIN)/dvc remote modify team method PUT)
+
+share: $(DONE) ## bring everything that was built there, results of experiments too
+	@$(TRANSPORTS)
+	@$(BIN)/dvc push --run-cache
+
+fetch: $(DONE) ## get everything from there: nothing is trained again
+	@$(TRANSPORTS)
+	@$(BIN)/dvc pull --run-cache
+
 test: $(DONE) ## the quick suite, then the pipeline end to end on a tiny real model
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -m "not slow and not engine"
 	$(BIN)/python -m pytest -q -m slow
 
 test-quick: $(DONE) ## the quick suite alone
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -m "not slow and not engine"
+
+test-image: $(DONE) ## the same pipeline in the image, and what is served from images (after `make image`)
+	$(BIN)/python -m pytest -q -m engine
 
 fuzz: $(DONE) ## feed every reader spoilt input, new each time (MINUTES=10)
 	@end=$$(($$(date +%s) + 60 * $(MINUTES))); while [ $$(date +%s) -lt $$end ]; do \
@@ -117,6 +166,10 @@ lock: $(TOOLS)/.complete ## write the lock files for pyproject.toml (UPGRADE=1: 
 		| $(COMPILE) --no-deps --generate-hashes --output-file docker/requirements.lock -
 	@grep '^torch==' .scratch/pins | $(COMPILE) --no-deps --output-file docker/torch.lock -
 	@$(COMPILE) --generate-hashes --output-file docker/tools.lock --group pyproject.toml:supply-chain
+	@# What MLflow's server and DVC's remotes need besides, in the versions that the stages have.
+	@sed 's/ *\\$$//; /--hash/d' docker/requirements.lock > .scratch/constraints
+	@for group in server remotes; do $(COMPILE) --generate-hashes --constraint .scratch/constraints \
+		--output-file docker/$$group.lock --group pyproject.toml:$$group || exit 1; done
 
 sbom: $(TOOLS)/.complete ## list the locked packages as CycloneDX in sbom.cdx.json
 	@cat docker/requirements.lock docker/torch.lock | $(TOOLS)/bin/python -W ignore::UserWarning -m cyclonedx_py requirements \

@@ -22,7 +22,7 @@ def locked(name):
     return found
 
 
-@pytest.mark.parametrize("name", ["requirements.lock", "tools.lock"])
+@pytest.mark.parametrize("name", ["requirements.lock", "tools.lock", "server.lock", "remotes.lock"])
 def test_every_locked_package_has_its_hashes(name):
     packages = locked(name)
     assert packages
@@ -35,13 +35,28 @@ def test_only_torch_is_without_hashes():
     assert not [package for package in locked("requirements.lock") if package.startswith(by_torch)]
 
 
+@pytest.mark.parametrize("name", ["server.lock", "remotes.lock"])
+def test_what_is_locked_apart_has_the_versions_of_the_main_lock(name):
+    main = locked("requirements.lock")
+    assert not {package for package, facts in locked(name).items() if package in main and main[package][0] != facts[0]}
+
+
 @pytest.mark.parametrize(
-    ("section", "files"),
-    [("project", ["requirements.lock", "torch.lock"]), ("dependency-groups", ["tools.lock"])],
+    ("group", "files"),
+    [
+        (None, ["requirements.lock", "torch.lock"]),
+        ("supply-chain", ["tools.lock"]),
+        ("server", ["server.lock"]),
+        ("remotes", ["remotes.lock"]),
+    ],
 )
-def test_the_lock_has_what_the_project_asks_for(section, files):
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))[section]
-    wanted = project.get("supply-chain") or [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+def test_the_lock_has_what_the_project_asks_for(group, files):
+    content = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    project = content["project"]
+    wanted = content["dependency-groups"].get(group) or [
+        *project["dependencies"],
+        *project["optional-dependencies"]["dev"],
+    ]
     versions = {package: version for name in files for package, (version, _) in locked(name).items()}
     for requirement in map(Requirement, wanted):
         assert versions[canonicalize_name(requirement.name)] in requirement.specifier, requirement

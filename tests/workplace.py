@@ -26,8 +26,9 @@ CHANGES = {
 class Workplace:
     """A clone of the project with a model of its own; `run` gives the finished process."""
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path, **variables: str):
         self.root = root
+        self.variables = variables
         self.bin = Path(sys.prefix) / "bin"
 
     def environment(self):
@@ -42,7 +43,7 @@ class Workplace:
             "REMINT_DEVICE": "cpu",
             "DVC_NO_ANALYTICS": "1",
         }
-        return {**kept, **author, **own}
+        return {**kept, **author, **own, **self.variables}
 
     def start(self, *command, **options):
         return subprocess.Popen(command, cwd=self.root, env=self.environment(), text=True, **options)
