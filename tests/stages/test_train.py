@@ -360,6 +360,15 @@ def test_a_clock_that_jumps_changes_no_byte(paths, monkeypatch):
     assert train(paths) == whole
 
 
+def test_it_makes_no_folder_but_its_own(paths, monkeypatch):
+    """A user without rights trains too, and so does a container whose file system cannot be written."""
+    made, mkdir = [], os.mkdir
+    monkeypatch.setattr(os, "mkdir", lambda path, *rest, **more: made.append(path) or mkdir(path, *rest, **more))
+    train(paths)
+    assert made
+    assert not [path for path in made if not Path(path).resolve().is_relative_to(Path.cwd())]
+
+
 def test_a_second_writer_is_refused(paths):
     import fcntl
 

@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from remint.core.errors import RemintError, SettingsError, got
+from remint.core.paths import SCRATCH
 from remint.determinism import seed_step
 from remint.loss import SupervisedLoss
 from remint.stages.train.group import Group, StepSum
@@ -127,7 +128,7 @@ def train_steps(
         return
     hooks = _Hooks(seed, batches.first_step, on_step)
     arguments = TrainingArguments(
-        output_dir="/nonexistent",  # nothing is saved by the Trainer; a write would be a mistake, and loud
+        output_dir=str(SCRATCH),  # nothing is saved by the Trainer, but it makes this folder
         per_device_train_batch_size=1,  # one item of the data set is a whole micro-batch
         gradient_accumulation_steps=settings.accumulation,
         max_steps=batches.plan.steps,
