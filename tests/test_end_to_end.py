@@ -1,20 +1,24 @@
 """The pipeline as a user runs it, on a tiny real model, in a repository of its own."""
 
+import functools
 import hashlib
+import http.server
 import json
 import shutil
 import signal
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
+from pathlib import Path
 
 import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tests.conftest import to_internlm2, write_sentencepiece, write_tiny_model
-from tests.workplace import STAGES, clone, wait_for, with_tiny_model
+from tests.workplace import ARTEFACTS, STAGES, Workplace, clone, wait_for, with_tiny_model
 
 pytestmark = pytest.mark.slow
 
@@ -231,6 +235,65 @@ def test_it_answers_one_question_for_a_program(built):
     )
     assert said["question"] == "Who are you?"
     assert 0 <= said["answer_tokens"] <= 4
+
+
+class Store(http.server.SimpleHTTPRequestHandler):
+    """A web server that takes what is PUT."""
+
+    def do_PUT(self):
+        path = Path(self.translate_path(self.path))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        length = self.headers["Content-Length"]
+        with path.open("wb") as file:
+            while not length and (size := int(self.rfile.readline(), 16)):  # in chunks
+                file.write(self.rfile.read(size))
+                self.rfile.readline()
+            file.write(self.rfile.read(int(length or 0)))
+        self.send_response(201)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(params=["folder", "http"])
+def remote(request, tmp_path):
+    """The address of an empty place that data can be shared in."""
+    place = tmp_path / "remote"
+    place.mkdir()
+    if request.param == "folder":
+        yield str(place)
+        return
+    handler = functools.partial(Store, directory=place)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/data"
+        server.shutdown()
+        thread.join()
+
+
+def test_a_second_clone_gets_everything_and_rebuilds_nothing(built, remote, tmp_path):
+    make = ("make", "--old-file=.venv/.complete")  # the environment is there
+    config = (built.root / ".dvc/config").read_bytes()
+    built.run(*make, "remote", f"URL={remote}")
+    built.run(*make, "share")
+    second = Workplace(tmp_path / "second")
+    built.run("git", "clone", "-q", str(built.root), str(second.root))
+    (second.root / ".venv").symlink_to(sys.prefix)
+    shutil.copy(built.root / ".dvc/config", second.root / ".dvc/config")  # what a team commits
+    (built.root / ".dvc/config").write_bytes(config)
+    second.run(*make, "fetch")
+    assert second.repro() == []
+    assert second.bytes(*ARTEFACTS) == built.bytes(*ARTEFACTS)
+    assert second.run("docker/run", "python", "-m", "remint", "verify").count("as recorded") == 6
+    # Without the commit's dvc.lock, from the run cache alone.
+    second.run("git", "rm", "-q", "--cached", "dvc.lock")
+    (second.root / "dvc.lock").unlink()
+    shutil.rmtree(second.root / "data/model")
+    assert second.repro() == []
+    assert second.bytes(*ARTEFACTS) == built.bytes(*ARTEFACTS)
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,13 @@ from functools import partial
 
 import pytest
 
-from tests.workplace import STAGES, Workplace, wait_for, with_tiny_model
+from tests.workplace import ARTEFACTS, STAGES, Workplace, wait_for, with_tiny_model
 
 pytestmark = pytest.mark.engine
 
 DOCKER = os.environ.get("DOCKER", "docker")
 ENGINE = {"RUNNER": "docker", "DOCKER": DOCKER, "REMINT_IMAGE": os.environ.get("REMINT_IMAGE", "remint")}
 TRAIN = ("docker/run", "python", "-m", "remint", "train")
-ARTEFACTS = ("dataset", "base", "checkpoint", "adapter", "model", "report")
 
 
 def docker(*arguments):

@@ -10,6 +10,7 @@ from pathlib import Path
 from tests.conftest import ROOT, write_tiny_model
 
 STAGES = ["replicate_data", "stage_base", "train", "convert", "merge", "eval_chat"]
+ARTEFACTS = ("dataset", "base", "checkpoint", "adapter", "model", "report")
 CHANGES = {
     "model: smollm2-135m-instruct ": "model: tiny ",
     "  identity_copies: 3 ": "  identity_copies: 1 ",
