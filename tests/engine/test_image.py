@@ -9,48 +9,17 @@ from functools import partial
 
 import pytest
 
-from tests.workplace import ARTEFACTS, STAGES, Workplace, wait_for, with_tiny_model
+from tests.engine.conftest import ENGINE, copy, docker
+from tests.workplace import ARTEFACTS, wait_for
 
 pytestmark = pytest.mark.engine
 
-DOCKER = os.environ.get("DOCKER", "docker")
-ENGINE = {"RUNNER": "docker", "DOCKER": DOCKER, "REMINT_IMAGE": os.environ.get("REMINT_IMAGE", "remint")}
+IMAGE = ENGINE["REMINT_IMAGE"]
 TRAIN = ("docker/run", "python", "-m", "remint", "train")
-
-
-def docker(*arguments):
-    done = subprocess.run([DOCKER, *arguments], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
 
 
 def containers(place):
     return docker("container", "ls", "--all", "--format", "{{.Names}}", "--filter", f"label=remint.root={place.root}")
-
-
-@pytest.fixture(scope="module")
-def outside(tmp_path_factory):
-    """The pipeline run without a container."""
-    place = with_tiny_model(tmp_path_factory.mktemp("outside") / "a folder with spaces")
-    place.record_checksums("tiny")
-    assert place.repro() == STAGES
-    return place
-
-
-def copy(outside, root, **variables):
-    """The same project, with nothing built."""
-    left_out = shutil.ignore_patterns("data", ".scratch", "dvc.lock", "mlflow.db", "mlruns", "cache", "tmp")
-    shutil.copytree(outside.root, root, symlinks=True, ignore=left_out)
-    shutil.copytree(outside.root / "data/source", root / "data/source")
-    return Workplace(root, **ENGINE, **variables)
-
-
-@pytest.fixture(scope="module")
-def inside(outside, tmp_path_factory):
-    """The pipeline run with each stage in a container of its own."""
-    place = copy(outside, tmp_path_factory.mktemp("inside") / "a folder with spaces", REMINT_NETWORK="none")
-    assert place.repro() == STAGES
-    return place
 
 
 def same(one, other):
@@ -79,19 +48,15 @@ def test_the_whole_pipeline_in_one_container_does_so_too_and_as_any_user(outside
     assert {path.stat().st_uid for path in (place.root / "data").rglob("*")} == {user}
 
 
-def stop_by(how, place, process, name):
+def stop_by(how, process, name):
     """One way to end a run; what SIGKILL leaves is ended by what watches the client."""
-    if how == "Ctrl-C":
-        os.killpg(process.pid, signal.SIGINT)
-    elif how == "docker stop":
+    if how == "docker stop":
         docker("stop", name)
-    elif how == "make stop":
-        place.run("make", "stop")
     else:
-        os.killpg(process.pid, signal.SIGKILL)
+        os.killpg(process.pid, {"Ctrl-C": signal.SIGINT, "SIGKILL": signal.SIGKILL}[how])
 
 
-@pytest.mark.parametrize("how", ["Ctrl-C", "docker stop", "make stop", "SIGKILL"])
+@pytest.mark.parametrize("how", ["Ctrl-C", "docker stop", "SIGKILL"])
 def test_what_was_stopped_is_gone_and_goes_on_to_the_same_bytes(inside, how):
     whole = inside.bytes("checkpoint")
     shutil.rmtree(inside.root / "data/checkpoint")
@@ -104,7 +69,7 @@ def test_what_was_stopped_is_gone_and_goes_on_to_the_same_bytes(inside, how):
         assert name.startswith("remint-train-")
         refused = inside.run(*TRAIN, status=1)
         assert f"the container {name} is at it already (running)" in refused
-        stop_by(how, inside, process, name)
+        stop_by(how, process, name)
         assert process.wait(timeout=120) != 0
     wait_for(lambda: containers(inside) == "", seconds=60)
     assert list(steps()), log.read_text()
@@ -113,12 +78,25 @@ def test_what_was_stopped_is_gone_and_goes_on_to_the_same_bytes(inside, how):
     assert inside.bytes("checkpoint") == whole
 
 
-def test_an_experiment_in_a_copy_and_in_the_queue_runs_in_the_image(inside):
+def test_an_experiment_in_a_copy_runs_in_the_image(inside):
     inside.run("git", "add", "-A")
     inside.run("git", "commit", "-q", "-m", "built")
-    inside.run("dvc", "exp", "run", "--temp", "--name", "apart", "-S", "convert.checkpoint=best")
+    changed = ("-S", "eval_chat.max_new_tokens=5")
+    assert "Running stage 'eval_chat'" in inside.run("dvc", "exp", "run", "--temp", "--name", "apart", *changed)
     assert "apart" in inside.run("dvc", "exp", "list", "--name-only")
     assert inside.run("git", "status", "--porcelain") == ""
+
+
+def test_make_stop_ends_what_runs_here_and_nothing_else(inside, tmp_path):
+    other = copy(inside, tmp_path / "other")
+    processes = [place.start("docker/run", "sleep", "300") for place in (inside, other)]
+    wait_for(lambda: containers(inside) and containers(other))
+    inside.run("make", "stop")
+    assert processes[0].wait(timeout=30) != 0
+    assert containers(inside) == ""
+    assert containers(other) != ""
+    other.run("make", "stop")
+    assert processes[1].wait(timeout=30) != 0
 
 
 def test_nothing_of_the_machine_can_be_written(inside):
@@ -130,8 +108,8 @@ def test_nothing_of_the_machine_can_be_written(inside):
 
 
 def test_the_image_says_what_it_is():
-    (config,) = json.loads(docker("image", "inspect", ENGINE["REMINT_IMAGE"]))
+    (config,) = json.loads(docker("image", "inspect", IMAGE))
     assert config["Config"]["User"] == "remint"
     assert config["Config"]["Labels"]["org.opencontainers.image.licenses"] == "Apache-2.0"
-    history = docker("history", "--no-trunc", "--format", "{{.CreatedBy}}", ENGINE["REMINT_IMAGE"])
+    history = docker("history", "--no-trunc", "--format", "{{.CreatedBy}}", IMAGE)
     assert not [name for name in ("index-url", "PIP_INDEX", "find-links") if name in history]
