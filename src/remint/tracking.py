@@ -259,7 +259,9 @@ def _register(client: Any, run_id: str, model: Path) -> None:
             pip_requirements=["remint"],
             registered_model_name=None,
         )
-    version = client.create_model_version(EXPERIMENT, logged.model_uri, run_id, tags=tags)
+    version = client.create_model_version(
+        EXPERIMENT, logged.model_uri, run_id, tags=tags, model_id=logged.model_id
+    )  # a server wants to be told what the source is part of
     client.set_registered_model_alias(EXPERIMENT, "champion", version.version)
 
 
