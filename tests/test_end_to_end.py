@@ -288,7 +288,9 @@ def test_a_second_clone_gets_everything_and_rebuilds_nothing(built, remote, tmp_
     assert second.repro() == []
     assert second.bytes(*ARTEFACTS) == built.bytes(*ARTEFACTS)
     assert second.run("docker/run", "python", "-m", "remint", "verify").count("as recorded") == 6
-    # Without the commit's dvc.lock, from the run cache alone.
+    if remote.startswith("http"):
+        return
+    # Without the commit's dvc.lock, from the run cache alone: a web server lists no files, so it has none.
     second.run("git", "rm", "-q", "--cached", "dvc.lock")
     (second.root / "dvc.lock").unlink()
     shutil.rmtree(second.root / "data/model")
