@@ -72,7 +72,7 @@ def draw(curves: dict[str, list[Point]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "throughput"
+    matplotlib.rcParams |= {"svg.hashsalt": "throughput", "svg.fonttype": "none"}
     from matplotlib import pyplot
 
     figure, fields = pyplot.subplots(2, -(-len(curves) // 2), figsize=(14, 6), squeeze=False)
