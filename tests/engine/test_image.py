@@ -15,6 +15,8 @@ from tests.workplace import ARTEFACTS, wait_for
 pytestmark = pytest.mark.engine
 
 IMAGE = ENGINE["REMINT_IMAGE"]
+# As if nothing like it had ever run.
+AGAIN = ("dvc", "repro", "--force", "--no-run-cache", "--single-item", "train")
 TRAIN = ("docker/run", "python", "-m", "remint", "train")
 
 
@@ -62,7 +64,7 @@ def test_what_was_stopped_is_gone_and_goes_on_to_the_same_bytes(inside, how):
     shutil.rmtree(inside.root / "data/checkpoint")
     log = inside.root / ".scratch/stopped.log"
     with log.open("w") as file:
-        process = inside.start("dvc", "repro", "train", stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        process = inside.start(*AGAIN, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         steps = partial((inside.root / ".scratch/train").glob, "*/steps/step-0*")
         wait_for(lambda: list(steps()), process)
         name = containers(inside)
@@ -74,7 +76,7 @@ def test_what_was_stopped_is_gone_and_goes_on_to_the_same_bytes(inside, how):
     wait_for(lambda: containers(inside) == "", seconds=60)
     assert list(steps()), log.read_text()
     assert not (inside.root / "data/checkpoint").exists()
-    assert "continuing after step" in inside.run("dvc", "repro", "train")
+    assert "continuing after step" in inside.run(*AGAIN)
     assert inside.bytes("checkpoint") == whole
 
 
