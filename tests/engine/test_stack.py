@@ -12,8 +12,8 @@ pytestmark = pytest.mark.engine
 
 RUNS = (
     "import json, mlflow; c = mlflow.MlflowClient(); e = c.get_experiment_by_name('remint').experiment_id;"
-    "print(json.dumps(sorted([r.info.run_name, r.data.metrics, r.data.tags.get('remint.kind'), r.info.status,"
-    " sorted(f.path for f in c.list_artifacts(r.info.run_id))] for r in c.search_runs([e]))))"
+    "print(json.dumps(sorted(([r.info.run_name, r.data.metrics, r.data.tags.get('remint.kind'), r.info.status,"
+    " sorted(f.path for f in c.list_artifacts(r.info.run_id))] for r in c.search_runs([e])), key=json.dumps)))"
 )
 
 
@@ -22,11 +22,11 @@ def runs(place):
 
 
 def test_a_pipeline_is_there_and_survives_a_restart_and_a_restore(inside, tmp_path):
-    logged = runs(inside)
-    assert sorted(kind for _, _, kind, _, _ in logged) == ["pipeline", "stage", "stage"]
+    logged = runs(inside)  # other tests train there, too
+    assert {name.rsplit("-", 1)[0] for name, *_ in logged} == {"train", "eval_chat", "pipeline"}
+    assert {kind for _, _, kind, _, _ in logged} == {"pipeline", "stage"}
     assert {status for *_, status, _ in logged} == {"FINISHED"}
-    (artifacts,) = [paths for _, _, kind, _, paths in logged if kind == "pipeline"]
-    assert "report.html" in artifacts
+    assert all("report.html" in paths for _, _, kind, _, paths in logged if kind == "pipeline")
     saved = tmp_path / "saved.tar"
     assert "saved: " in inside.stack("backup", str(saved))
     damaged = tmp_path / "damaged.tar"
@@ -87,13 +87,13 @@ def test_what_dies_comes_up_again(inside):
 
 
 def test_a_password_if_one_wants_it_and_the_chat_server(inside):
-    stack = inside.stack
+    stack, logged = inside.stack, runs(inside)
     stack("up", AUTH="1", CHAT="1")
     assert ask(stack.port)[0] == 401
     secret = (inside.root / "docker/secrets/admin_password").read_text()
     login = {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": secret}
     inside.variables |= login
-    assert len(runs(inside)) == 3
+    assert runs(inside) == logged
     for name in login:
         del inside.variables[name]
     question = {"messages": [{"role": "user", "content": "Who are you?"}], "max_tokens": 4}
