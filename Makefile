@@ -51,7 +51,10 @@ chat: $(DONE) ## talk to the merged model
 	@$(BIN)/remint chat $(ARGS)
 
 ui: $(DONE) ## open MLflow on http://127.0.0.1:5000 (PORT=…)
-	$(BIN)/mlflow server --backend-store-uri sqlite:///$(CURDIR)/mlflow.db --host 127.0.0.1 --port $(PORT) \
+	@$(BIN)/python -c "import socket; socket.create_server(('127.0.0.1', $(PORT)))" 2>/dev/null \
+		|| { echo "make ui: port $(PORT) cannot be had; try PORT=5001" >&2; exit 1; }
+	@echo "the runs: http://127.0.0.1:$(PORT)/#/experiments/1/runs (Ctrl-C ends the server)"
+	@PYTHONWARNINGS=ignore $(BIN)/mlflow server --uvicorn-opts "--log-level warning" --backend-store-uri sqlite:///$(CURDIR)/mlflow.db --host 127.0.0.1 --port $(PORT) \
 		--allowed-hosts "127.0.0.1:$(PORT),localhost:$(PORT)"
 
 recipes: $(DONE) ## list ready-made params.yaml files (PATTERN=internlm2)
@@ -60,7 +63,7 @@ recipes: $(DONE) ## list ready-made params.yaml files (PATTERN=internlm2)
 recipe: $(DONE) ## put one in place (NAME=smoke, FORCE=1 to overwrite changes of yours)
 	@$(BIN)/remint recipe $(NAME) $(if $(FORCE),--force)
 
-status: $(DONE) ## say which stages would run
+status: $(DONE) ## say which stages have changed; what depends on them would run, too
 	@$(BIN)/dvc status
 
 metrics: $(DONE) ## show the figures of the last run beside those of a commit (REV=HEAD~1)
@@ -93,6 +96,7 @@ shell: ## open a shell in the image
 	@RUNNER=docker docker/run sh
 
 stop: ## end every container that works in this folder; what was trained stays
+	@command -v $(DOCKER) >/dev/null || { echo "make stop: $(DOCKER) was not found; name the engine by DOCKER=…" >&2; exit 1; }
 	@for id in $$($(DOCKER) container ls --all --quiet --filter "label=remint.root=$$(pwd -P)"); do \
 		$(DOCKER) stop $$id >/dev/null; $(DOCKER) rm --force $$id >/dev/null 2>&1 || true; done
 
@@ -113,6 +117,7 @@ TRANSPORTS = case "$(URL) $$($(BIN)/dvc remote list)" in *ssh://* | *s3://*) \
 	$(PIP) --require-hashes --no-deps --requirement docker/remotes.lock ;; esac
 
 remote: $(DONE) ## choose where data is shared (URL=/folder, ssh://…, s3://… with ENDPOINT=…, https://…)
+	@[ -n "$(URL)" ] || { echo "make remote: needs a place, got none; add URL=/mnt/team/remint or URL=ssh://server/data" >&2; exit 1; }
 	@$(TRANSPORTS)
 	@$(BIN)/dvc remote add --quiet --force --default team "$(URL)"
 	@$(BIN)/dvc remote modify team verify true

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -303,3 +304,20 @@ def test_folders_of_wheels_become_an_image_that_is_the_same_each_time(engine):
 def test_what_is_built_on_is_a_choice(engine, variables, arguments):
     asked, _ = engine.build("remint", **variables)
     assert {f"--build-arg={argument}" for argument in arguments} <= set(asked)
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        (("remote",), "make remote: needs a place, got none; add URL="),
+        (("stop", "DOCKER=no-such-engine"), "make stop: no-such-engine was not found"),
+        (("ui", "PORT={taken}"), "make ui: port {taken} cannot be had; try PORT="),
+    ],
+)
+def test_a_target_that_lacks_something_says_what(target, said):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        taken = str(server.getsockname()[1])
+        command = ["make", "--old-file=.venv/.complete", *(word.format(taken=taken) for word in target)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    assert said.format(taken=taken) in done.stderr
