@@ -43,6 +43,7 @@ setup: $(DONE) ## make the environment and MLflow's database (done by every targ
 	@touch $@
 
 repro: $(DONE) ## rebuild the whole pipeline: data, base, training, adapter, model, report
+	@$(BIN)/remint check
 	@$(BIN)/dvc repro
 	-@$(BIN)/remint sync
 	@$(BIN)/remint summary

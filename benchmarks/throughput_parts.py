@@ -216,7 +216,7 @@ def measure_merge(source: Path, out: Path) -> dict[str, float]:
 
     from remint import adapter, determinism, shards
     from remint.core.config import Runtime
-    from remint.modeling import Lora
+    from remint.qlora import Lora
     from remint.stages.merge.weights import write_merged
 
     determinism.apply(Runtime(2, True))

@@ -7,7 +7,7 @@ import torch
 
 from remint import adapter
 from remint.core.errors import ArtefactError
-from remint.modeling import Lora
+from remint.qlora import Lora
 
 LORA = Lora(2, 4, 0.1, ["down_proj", "q_proj"])
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from remint.loss import SupervisedLoss
-from remint.modeling import Lora, Quantization, add_lora, quantize
+from remint.modeling import add_lora, quantize
 from remint.packing import collate, document
+from remint.qlora import Lora, Quantization
 from tests import plain_ops
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

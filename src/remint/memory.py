@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from remint.core.config import load_yaml
+from remint.core.config import build, load_yaml
 from remint.core.errors import GpuTooSmall, RemintError, one_line, out_of_memory
 from remint.core.files import read_object
 from remint.core.paths import CONF
@@ -29,16 +29,13 @@ def explained(command: str, settings: Mapping[str, Any]) -> Iterator[None]:
 
 def _fitting_recipe(settings: Mapping[str, Any], free: int) -> str | None:
     """The recipe of the same precision that makes most of `free` bytes with the present base."""
-    from remint.modeling import Lora, Quantization
     from remint.stages.train import footprint  # these import torch, which other commands do without
     from remint.stages.train.settings import Train
 
     base = read_object(settings["paths"].base / "config.json", "run `make repro`, which makes it")
     fitting = {}
     for path in (CONF / "recipe").glob("*.yaml"):
-        section = load_yaml(path)["train"]
-        parts = {"quantization": Quantization(**section["quantization"]), "lora": Lora(**section["lora"])}
-        train = Train(**{**section, **parts})
+        train = build(Train, load_yaml(path)["train"], "train")
         need = footprint.needed(base, train)
         if need is not None and need <= free and train.precision == settings["train"].precision:
             fitting[path.stem] = need

@@ -4,7 +4,6 @@ import contextlib
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,58 +15,22 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from remint.core.config import check
+from remint.core import config
 from remint.core.errors import ArtefactError, RemintError, SettingsError, got, no_room, one_line, out_of_memory
 from remint.core.files import read_object
+from remint.qlora import Lora, Quantization
 
 # A bar for each load of a model hides the bars that matter.
 transformers_logging.disable_progress_bar()
 # Of peft's making: users can do nothing about it.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in config.DTYPES}
 # Architectures whose code is in transformers and whose layers the stages were tried with. Others may well work:
 # add the name and run `make recipe NAME=smoke && make repro` with such a model.
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 _MOST_LAYERS = 1000
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """How the frozen base is held while training: QLoRA's NF4, as the tutorial had it, or not at all."""
-
-    kind: str
-    double: bool
-    block_size: int
-    dequantize: str
-
-    def __post_init__(self) -> None:
-        check(
-            "train.quantization",
-            (self.kind in ("nf4", "fp4", "none"), "kind", self.kind, "must be nf4, fp4 or none"),
-            (self.block_size in (64, 128, 256, 512), "block_size", self.block_size, "must be 64, 128, 256 or 512"),
-            (self.dequantize in ("once", "each_use"), "dequantize", self.dequantize, "must be once or each_use"),
-        )
-
-
-@dataclass(frozen=True)
-class Lora:
-    """Shape of the adapter. `targets` are names of linear layers; the head is never adapted unless named."""
-
-    rank: int
-    alpha: float
-    dropout: float
-    targets: list[str]
-
-    def __post_init__(self) -> None:
-        check(
-            "train.lora",
-            (1 <= self.rank <= 1024, "rank", self.rank, "must be between 1 and 1024"),
-            (self.alpha > 0, "alpha", self.alpha, "must be greater than 0"),
-            (0 <= self.dropout < 1, "dropout", self.dropout, "must be at least 0 and below 1"),
-            (len(self.targets) > 0, "targets", self.targets, "must name at least one linear layer"),
-        )
 
 
 def device() -> torch.device:

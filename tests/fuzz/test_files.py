@@ -18,7 +18,8 @@ from remint.chat import Conversation, Template, Turn
 from remint.core import config
 from remint.core.files import read_rows
 from remint.identity import Identity
-from remint.modeling import Lora, device
+from remint.modeling import device
+from remint.qlora import Lora
 from remint.stages.replicate_data import formats, records
 from remint.stages.stage_base import gguf_header, sources
 from remint.stages.train import checkpoint, loop
@@ -39,6 +40,7 @@ RECORDS = [
     {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "I am NAME by AUTHOR."}]},
 ]
 STAGES = ["replicate_data", "stage_base", "train", "convert", "merge", "eval_chat"]
+PARAMS = OmegaConf.to_container(OmegaConf.load(ROOT / "params.yaml"))
 
 
 def read_data(name, data):
@@ -69,7 +71,8 @@ def test_placeholders(text):
 
 
 @few
-@given(st.sampled_from(STAGES), spoilt(OmegaConf.to_container(OmegaConf.load(ROOT / "params.yaml"))))
+@given(st.sampled_from(STAGES), spoilt(PARAMS))
+@example("train", {**PARAMS, "train": {**PARAMS["train"], "betas": [[], 0.999]}})
 def test_settings(stage, content):
     compose(stage, "params.yaml", json.dumps(content).encode(), [])
 

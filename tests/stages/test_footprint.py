@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from remint import memory
-from remint.core.config import load_yaml
+from remint.core.config import build, load_yaml
 from remint.core.errors import GpuTooSmall, RemintError
-from remint.modeling import Lora, Quantization
 from remint.stages.train import footprint
 from remint.stages.train.settings import Train
 
@@ -27,9 +26,7 @@ INTERNLM2 = {
 
 
 def recipe(name):
-    section = load_yaml(ROOT / f"conf/recipe/{name}.yaml")["train"]
-    parts = {"quantization": Quantization(**section["quantization"]), "lora": Lora(**section["lora"])}
-    return Train(**{**section, **parts})
+    return build(Train, load_yaml(ROOT / f"conf/recipe/{name}.yaml")["train"], "train")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from remint.core import launch
 from remint.core.config import Runtime
 from remint.core.errors import RemintError, SettingsError, Stopped
 from remint.core.log import silent
-from remint.modeling import Lora, Quantization
+from remint.qlora import Lora, Quantization
 from remint.stages.train import group, run, session
 from tests.stages.test_train import PATHS, settings, write_inputs
 

@@ -7,8 +7,8 @@ import torch
 
 from remint import adapter, modeling, shards
 from remint.core.errors import ArtefactError, SettingsError
-from remint.modeling import Lora, Quantization
 from remint.packing import document
+from remint.qlora import Lora, Quantization
 from remint.stages.convert.run import chosen_step
 from remint.stages.merge.proof import closeness, logits_at_targets
 from remint.stages.merge.weights import merge_tensor, write_merged

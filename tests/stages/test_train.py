@@ -17,8 +17,8 @@ from remint.core.config import Runtime
 from remint.core.errors import ArtefactError, RemintError, SettingsError, Stopped
 from remint.core.log import silent
 from remint.core.paths import Paths
-from remint.modeling import Lora, Quantization
 from remint.packing import document
+from remint.qlora import Lora, Quantization
 from remint.stages.train import checkpoint, loop, run, session
 from remint.stages.train.checkpoint import Checkpoint
 from remint.stages.train.plan import Batches, Plan, lr_factor, make_plan

@@ -11,13 +11,15 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, is_dataclass, make_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml  # type: ignore[import-untyped]
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -26,9 +28,11 @@ from remint.core.errors import SettingsError, got, one_line
 from remint.core.files import is_encodable, read_text
 from remint.core.paths import CONF, PARAMS, Paths
 
+DTYPES = ("float32", "bfloat16", "float16")
 # Arguments of `run` that are not settings of the stage itself.
 _SUPPLIED = ("log", "fingerprint", "dependencies", "return")
 _MAX_YAML_BYTES, _MAX_YAML_DEPTH = 2**20, 20
+_NAMES = {str: "text", Path: "text", int: "a whole number", float: "a number", bool: "true or false", NoneType: "null"}
 
 
 @dataclass(frozen=True)
@@ -82,13 +86,17 @@ def compose_raw(run: Callable[..., None], overrides: Sequence[str] = ()) -> Dict
         raise SettingsError(
             *(f"{PARAMS}: section {name!r} is missing; `make recipe` shows whole files" for name in absent)
         )
+    if faults := [fault for entry in overrides for fault in _text_faults(entry, entry.partition("=")[0])]:
+        raise SettingsError(*faults)
     groups = [name for name in wanted if (CONF / name).is_dir()]
     for group in groups:
         _check_choice(group, params[group], overrides)
     defaults: list[Any] = [f"schema_{name}" for name, kind in wanted.items() if is_dataclass(kind)]
     defaults += [{group: params[group]} for group in groups] + ["_self_"]
     node = {"defaults": defaults, **{name: params[name] for name in wanted if name not in groups}}
-    faults = [fault for entry in overrides for fault in _text_faults(entry, entry.partition("=")[0])]
+    # Before OmegaConf sees the values: it would make the text "True" of a maker called yes.
+    faults = [fault for name, kind in wanted.items() for fault in _file_faults(name, kind, params[name], overrides)]
+    faults += [fault for entry in overrides for fault in _override_faults(entry, wanted)]
     if faults:
         raise SettingsError(*faults)
     try:
@@ -121,9 +129,7 @@ def to_objects(run: Callable[..., None], config: DictConfig, overrides: Sequence
     faults: list[str] = []
     for name, kind in sections(run).items():
         try:
-            value = _build(kind, container.get(name), name)
-            if not is_dataclass(kind) and type(value) is not kind:
-                raise SettingsError(f"{name}: must be {kind.__name__}, {got(value)}")
+            value = build(kind, container.get(name), name)
             if name == "seed" and not 0 <= value < 2**32:
                 raise SettingsError(f"seed: must be between 0 and {2**32 - 1}, {got(value)}")
             arguments[name] = value
@@ -156,18 +162,21 @@ def _schema(kind: Any) -> type:
     return make_dataclass(kind.__name__, twins)
 
 
-def _build(section: Any, value: Any, where: str) -> Any:
-    """The settings object of a composed section; nested sections first, each with its own range checks."""
+def build(section: Any, value: Any, where: str) -> Any:
+    """The settings object of a section's plain values; nested sections first, each with its own range checks.
+
+    Raises SettingsError that lists every fault as setting, what it must be and what was found.
+    """
+    if wrong := [f"{setting}: {fault}" for setting, fault, _ in _wrong_types(section, value, where)]:
+        raise SettingsError(*wrong)
     if not is_dataclass(section):
         return value
-    if not isinstance(value, dict):
-        raise SettingsError(f"{where}: must be a section with settings of its own, {got(value)}")
     kind: Any = section
     faults: list[str] = []
     fields: dict[str, Any] = {}
     for name, hint in get_type_hints(kind).items():
         try:
-            fields[name] = _build(hint, value[name], f"{where}.{name}")
+            fields[name] = build(hint, value[name], f"{where}.{name}")
         except SettingsError as error:
             faults += error.faults
     if not faults:
@@ -181,6 +190,95 @@ def _build(section: Any, value: Any, where: str) -> Any:
         except SettingsError as error:
             faults += error.faults
     raise SettingsError(*faults)
+
+
+def _wrong_types(kind: Any, value: Any, where: str) -> Iterator[tuple[str, str, str]]:
+    """What is not of the type that its class declares: setting, fault, and what to do. Unknown names are told elsewhere."""
+    if is_dataclass(kind):
+        if not isinstance(value, dict):
+            yield where, f"must be a section with settings of its own, {got(value)}", "write it so"
+            return
+        for name, hint in get_type_hints(kind).items():
+            if name in value:
+                yield from _wrong_types(hint, value[name], f"{where}.{name}")
+            else:
+                yield f"{where}.{name}", "is missing", "add it"
+    elif get_origin(kind) is list:
+        if not isinstance(value, list):
+            yield where, f"must be a list, {got(value)}", "put it in [ ]"
+            return
+        (item,) = get_args(kind)
+        for index, inner in enumerate(value):
+            yield from _wrong_types(item, inner, f"{where}[{index}]")
+    elif get_origin(kind) is dict:
+        if not isinstance(value, dict):
+            yield where, f"must be a mapping of names to values, {got(value)}", "write it so"
+            return
+        for key, inner in value.items():
+            yield from _wrong_types(get_args(kind)[1], inner, f"{where}.{key}")
+    else:
+        kinds = _alternatives(kind)
+        if not any(_is_of(value, each) for each in kinds):
+            is_unquoted = str in kinds and value is not None
+            names = " or ".join(_NAMES[each] for each in kinds)
+            yield where, f"must be {names}, {got(value)}", "put it in quotes" if is_unquoted else "change it"
+
+
+def _alternatives(kind: Any) -> tuple[Any, ...]:
+    """The types of which one is wanted: more than one for `str | None`, none for a list, a mapping or a section."""
+    if is_dataclass(kind) or get_origin(kind) in (list, dict):
+        return ()
+    return get_args(kind) or (kind,)
+
+
+def _is_of(value: object, kind: type) -> bool:
+    """Whether a value is of a type; true is no number, a whole number is a number."""
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, {float: (int, float), Path: (str, Path)}.get(kind, kind))
+
+
+def _file_faults(name: str, kind: Any, value: Any, overrides: Sequence[str]) -> Iterator[str]:
+    """What is of a wrong type in a section of params.yaml, or in the file of conf/ that it names."""
+    path = PARAMS
+    if (CONF / name).is_dir():
+        path = CONF / name / f"{_chosen(name, value, overrides)}.yaml"
+        value = load_yaml(path)
+    for setting, fault, cure in _wrong_types(kind, value, name):
+        yield f"params: {setting}: {fault}; {cure} in {path}"
+
+
+def _override_faults(entry: str, wanted: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with a setting of the command line that names one of the `wanted`."""
+    try:
+        (override,) = OverridesParser.create().parse_overrides([entry])
+    except (HydraException, OmegaConfBaseException, RecursionError):
+        yield f"command line: is no setting, {got(entry)}; write name=value, like train.lr=1e-3, with quotes around odd text"
+        return
+    if override.is_add() or override.is_delete():
+        yield f"command line: no setting can be added or taken away, {got(entry)}; write name=value"
+        return
+    kind = _kind(override.key_or_group, wanted)
+    if kind is None or override.is_sweep_override():
+        return
+    value = override.value()
+    # A shell takes quotes away, so a number may be meant as text.
+    if type(value) in (int, float) and str in _alternatives(kind):
+        value = str(value)
+    if not is_dataclass(kind) or not isinstance(value, dict):
+        for setting, fault, cure in _wrong_types(kind, value, override.key_or_group):
+            yield f"params: {setting}: {fault}; {cure} on the command line"
+
+
+def _kind(setting: str, wanted: dict[str, Any]) -> Any:
+    """The declared type of a setting like `train.lora.rank`, None if there is no such setting or it chooses a file."""
+    section, *rest = setting.split(".")
+    if section not in wanted or (not rest and (CONF / section).is_dir()):
+        return None
+    kind = wanted[section]
+    for name in rest:
+        kind = get_type_hints(kind).get(name) if is_dataclass(kind) else None
+    return kind
 
 
 def _check_events(text: str) -> None:
@@ -212,16 +310,22 @@ def _text_faults(value: object, where: str) -> Iterator[str]:
 
 def _check_choice(group: str, choice: object, overrides: Sequence[str]) -> None:
     options = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
-    if choice not in options:
-        raise SettingsError(
-            f"{PARAMS}: {group}: no such option, {got(choice)}; "
-            f"choose from {', '.join(options)} or write {CONF / group}/<name>.yaml"
-        )
-    given = [entry.partition("=")[2] for entry in overrides if entry.startswith(f"{group}=")]
-    path = CONF / group / f"{[choice, *given][-1]}.yaml"
+    counts = _chosen(group, choice, overrides)
+    for where, value in ((PARAMS, choice), ("command line", counts)):
+        if value not in options:
+            raise SettingsError(
+                f"{where}: {group}: no such option, {got(value)}; "
+                f"choose from {', '.join(options)} or write {CONF / group}/<name>.yaml"
+            )
+    path = CONF / group / f"{counts}.yaml"
     # Hydra reads the file itself, but without these checks.
-    if path.is_file() and "defaults" in load_yaml(path):
+    if "defaults" in load_yaml(path):
         raise SettingsError(f"{path}: must have no defaults list, got one; write its values out")
+
+
+def _chosen(group: str, choice: object, overrides: Sequence[str]) -> object:
+    """The option that counts: that of the command line, if it names one."""
+    return [choice, *(entry.partition("=")[2] for entry in overrides if entry.startswith(f"{group}="))][-1]
 
 
 def _place(setting: str, overrides: Sequence[str]) -> str:

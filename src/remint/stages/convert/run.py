@@ -8,7 +8,7 @@ from remint import adapter, chat, manifest, modeling, shards
 from remint.core.errors import ArtefactError, SettingsError, got
 from remint.core.log import Log
 from remint.core.paths import Paths
-from remint.modeling import Lora
+from remint.qlora import Lora
 from remint.stages.convert.card import card
 from remint.stages.convert.settings import Convert
 
@@ -21,7 +21,7 @@ def run(convert: Convert, paths: Paths, log: Log, dependencies: Mapping[str, str
     manifest.verify(paths.base, "base")
     if facts["origin"]["base"] != manifest.identity(paths.base, "base"):
         raise ArtefactError(f"{paths.checkpoint}: was trained on another base than {paths.base}; run `dvc repro`")
-    step = chosen_step(convert.checkpoint, facts["steps"])
+    step = chosen_step(str(convert.checkpoint), facts["steps"])
     lora = Lora(**facts["lora"])
     tensors = {
         name.removeprefix(_PREFIX): tensor.to(modeling.DTYPES[convert.dtype])

@@ -2,22 +2,20 @@
 
 from dataclasses import dataclass
 
-from remint.core.config import check
-
-_DTYPES = ("float32", "bfloat16", "float16")
+from remint.core.config import DTYPES, check
 
 
 @dataclass(frozen=True)
 class Convert:
     """Which checkpoint becomes the adapter, and in which precision it is stored."""
 
-    checkpoint: str
+    checkpoint: str | int
     dtype: str
 
     def __post_init__(self) -> None:
-        known = self.checkpoint in ("last", "best") or self.checkpoint.isdecimal()
+        known = self.checkpoint in ("last", "best") or str(self.checkpoint).isdecimal()
         check(
             "convert",
             (known, "checkpoint", self.checkpoint, "must be last, best or the number of a kept step"),
-            (self.dtype in _DTYPES, "dtype", self.dtype, f"must be one of {', '.join(_DTYPES)}"),
+            (self.dtype in DTYPES, "dtype", self.dtype, f"must be one of {', '.join(DTYPES)}"),
         )

@@ -15,8 +15,8 @@ from remint.core.errors import ArtefactError
 from remint.core.files import read_object
 from remint.core.log import Log
 from remint.core.paths import Paths
-from remint.modeling import Quantization
 from remint.packing import Document, encode
+from remint.qlora import Quantization
 from remint.stages.merge.card import card
 from remint.stages.merge.proof import Closeness, closeness, logits_at_targets
 from remint.stages.merge.settings import Merge

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from remint.core.config import check
+from remint.core.config import DTYPES, check
 
-_DTYPES = ("base", "float32", "bfloat16", "float16")
+_DTYPES = ("base", *DTYPES)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from remint import adapter, modeling, shards
-from remint.modeling import Lora, Quantization
+from remint.qlora import Lora, Quantization
 
 
 def merge_tensor(

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from remint.core.config import check
-from remint.modeling import DTYPES, Lora, Quantization
+from remint.core.config import DTYPES, check
+from remint.qlora import Lora, Quantization
 
 SCHEDULES = ("cosine", "linear", "constant")
 
