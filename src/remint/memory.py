@@ -4,10 +4,11 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from remint.core.config import build, load_yaml
+from remint.core.config import load_yaml
 from remint.core.errors import GpuTooSmall, RemintError, one_line, out_of_memory
 from remint.core.files import read_object
 from remint.core.paths import CONF
+from remint.core.typed import build
 
 
 @contextlib.contextmanager

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from remint import memory
-from remint.core.config import build, load_yaml
+from remint.core.config import load_yaml
 from remint.core.errors import GpuTooSmall, RemintError
+from remint.core.typed import build
 from remint.stages.train import footprint
 from remint.stages.train.settings import Train
 

@@ -4,15 +4,13 @@ The arguments of a stage's `run` are the sections that dvc.yaml declares for it,
 whose change would not rerun it. Hydra composes them, so a sweep by DVC and a command by hand mean the same.
 """
 
-import contextlib
 import difflib
 import io
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, is_dataclass, make_dataclass
 from pathlib import Path
-from types import NoneType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 import yaml  # type: ignore[import-untyped]
 from hydra import compose as hydra_compose
@@ -27,12 +25,12 @@ from omegaconf.errors import OmegaConfBaseException
 from remint.core.errors import SettingsError, got, one_line
 from remint.core.files import is_encodable, read_text
 from remint.core.paths import CONF, PARAMS, Paths
+from remint.core.typed import alternatives, build, wrong_types
 
 DTYPES = ("float32", "bfloat16", "float16")
 # Arguments of `run` that are not settings of the stage itself.
 _SUPPLIED = ("log", "fingerprint", "dependencies", "return")
 _MAX_YAML_BYTES, _MAX_YAML_DEPTH = 2**20, 20
-_NAMES = {str: "text", Path: "text", int: "a whole number", float: "a number", bool: "true or false", NoneType: "null"}
 
 
 @dataclass(frozen=True)
@@ -162,89 +160,13 @@ def _schema(kind: Any) -> type:
     return make_dataclass(kind.__name__, twins)
 
 
-def build(section: Any, value: Any, where: str) -> Any:
-    """The settings object of a section's plain values; nested sections first, each with its own range checks.
-
-    Raises SettingsError that lists every fault as setting, what it must be and what was found.
-    """
-    if wrong := [f"{setting}: {fault}" for setting, fault, _ in _wrong_types(section, value, where)]:
-        raise SettingsError(*wrong)
-    if not is_dataclass(section):
-        return value
-    kind: Any = section
-    faults: list[str] = []
-    fields: dict[str, Any] = {}
-    for name, hint in get_type_hints(kind).items():
-        try:
-            fields[name] = build(hint, value[name], f"{where}.{name}")
-        except SettingsError as error:
-            faults += error.faults
-    if not faults:
-        return kind(**fields)
-    # The section's own rules are asked as well, so that all mistakes are told at once; they see what could be built.
-    partial = object.__new__(kind)
-    partial.__dict__.update(fields)
-    with contextlib.suppress(AttributeError):
-        try:
-            partial.__post_init__()
-        except SettingsError as error:
-            faults += error.faults
-    raise SettingsError(*faults)
-
-
-def _wrong_types(kind: Any, value: Any, where: str) -> Iterator[tuple[str, str, str]]:
-    """What is not of the type that its class declares: setting, fault, and what to do. Unknown names are told elsewhere."""
-    if is_dataclass(kind):
-        if not isinstance(value, dict):
-            yield where, f"must be a section with settings of its own, {got(value)}", "write it so"
-            return
-        for name, hint in get_type_hints(kind).items():
-            if name in value:
-                yield from _wrong_types(hint, value[name], f"{where}.{name}")
-            else:
-                yield f"{where}.{name}", "is missing", "add it"
-    elif get_origin(kind) is list:
-        if not isinstance(value, list):
-            yield where, f"must be a list, {got(value)}", "put it in [ ]"
-            return
-        (item,) = get_args(kind)
-        for index, inner in enumerate(value):
-            yield from _wrong_types(item, inner, f"{where}[{index}]")
-    elif get_origin(kind) is dict:
-        if not isinstance(value, dict):
-            yield where, f"must be a mapping of names to values, {got(value)}", "write it so"
-            return
-        for key, inner in value.items():
-            yield from _wrong_types(get_args(kind)[1], inner, f"{where}.{key}")
-    else:
-        kinds = _alternatives(kind)
-        if not any(_is_of(value, each) for each in kinds):
-            is_unquoted = str in kinds and value is not None
-            names = " or ".join(_NAMES[each] for each in kinds)
-            yield where, f"must be {names}, {got(value)}", "put it in quotes" if is_unquoted else "change it"
-
-
-def _alternatives(kind: Any) -> tuple[Any, ...]:
-    """The types of which one is wanted: more than one for `str | None`, none for a list, a mapping or a section."""
-    if is_dataclass(kind) or get_origin(kind) in (list, dict):
-        return ()
-    return get_args(kind) or (kind,)
-
-
-def _is_of(value: object, kind: type) -> bool:
-    """Whether a value is of a type; true is no number, a whole number is a number."""
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, {float: (int, float), Path: (str, Path)}.get(kind, kind))
-
-
 def _file_faults(name: str, kind: Any, value: Any, overrides: Sequence[str]) -> Iterator[str]:
     """What is of a wrong type in a section of params.yaml, or in the file of conf/ that it names."""
     path = PARAMS
     if (CONF / name).is_dir():
         path = CONF / name / f"{_chosen(name, value, overrides)}.yaml"
         value = load_yaml(path)
-    for setting, fault, cure in _wrong_types(kind, value, name):
+    for setting, fault, cure in wrong_types(kind, value, name):
         yield f"params: {setting}: {fault}; {cure} in {path}"
 
 
@@ -263,10 +185,10 @@ def _override_faults(entry: str, wanted: dict[str, Any]) -> Iterator[str]:
         return
     value = override.value()
     # A shell takes quotes away, so a number may be meant as text.
-    if type(value) in (int, float) and str in _alternatives(kind):
+    if type(value) in (int, float) and str in alternatives(kind):
         value = str(value)
     if not is_dataclass(kind) or not isinstance(value, dict):
-        for setting, fault, cure in _wrong_types(kind, value, override.key_or_group):
+        for setting, fault, cure in wrong_types(kind, value, override.key_or_group):
             yield f"params: {setting}: {fault}; {cure} on the command line"
 
 

@@ -1,0 +1,88 @@
+"""Settings classes from plain values: what is of a wrong type is told by name, before anything converts it."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import is_dataclass
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
+
+from remint.core.errors import SettingsError, got
+
+_NAMES = {str: "text", Path: "text", int: "a whole number", float: "a number", bool: "true or false", NoneType: "null"}
+
+
+def build(section: Any, value: Any, where: str) -> Any:
+    """The settings object of a section's plain values; nested sections first, each with its own range checks.
+
+    Raises SettingsError that lists every fault as setting, what it must be and what was found.
+    """
+    if wrong := [f"{setting}: {fault}" for setting, fault, _ in wrong_types(section, value, where)]:
+        raise SettingsError(*wrong)
+    if not is_dataclass(section):
+        return value
+    kind: Any = section
+    faults: list[str] = []
+    fields: dict[str, Any] = {}
+    for name, hint in get_type_hints(kind).items():
+        try:
+            fields[name] = build(hint, value[name], f"{where}.{name}")
+        except SettingsError as error:
+            faults += error.faults
+    if not faults:
+        return kind(**fields)
+    # The section's own rules are asked as well, so that all mistakes are told at once; they see what could be built.
+    partial = object.__new__(kind)
+    partial.__dict__.update(fields)
+    with contextlib.suppress(AttributeError):
+        try:
+            partial.__post_init__()
+        except SettingsError as error:
+            faults += error.faults
+    raise SettingsError(*faults)
+
+
+def wrong_types(kind: Any, value: Any, where: str) -> Iterator[tuple[str, str, str]]:
+    """What is not of the type that its class declares: setting, fault, and what to do. Unknown names are told elsewhere."""
+    if is_dataclass(kind):
+        if not isinstance(value, dict):
+            yield where, f"must be a section with settings of its own, {got(value)}", "write it so"
+            return
+        for name, hint in get_type_hints(kind).items():
+            if name in value:
+                yield from wrong_types(hint, value[name], f"{where}.{name}")
+            else:
+                yield f"{where}.{name}", "is missing", "add it"
+    elif get_origin(kind) is list:
+        if not isinstance(value, list):
+            yield where, f"must be a list, {got(value)}", "put it in [ ]"
+            return
+        (item,) = get_args(kind)
+        for index, inner in enumerate(value):
+            yield from wrong_types(item, inner, f"{where}[{index}]")
+    elif get_origin(kind) is dict:
+        if not isinstance(value, dict):
+            yield where, f"must be a mapping of names to values, {got(value)}", "write it so"
+            return
+        for key, inner in value.items():
+            yield from wrong_types(get_args(kind)[1], inner, f"{where}.{key}")
+    else:
+        kinds = alternatives(kind)
+        if not any(_is_of(value, each) for each in kinds):
+            is_unquoted = str in kinds and value is not None
+            names = " or ".join(_NAMES[each] for each in kinds)
+            yield where, f"must be {names}, {got(value)}", "put it in quotes" if is_unquoted else "change it"
+
+
+def alternatives(kind: Any) -> tuple[Any, ...]:
+    """The types of which one is wanted: more than one for `str | None`, none for a list, a mapping or a section."""
+    if is_dataclass(kind) or get_origin(kind) in (list, dict):
+        return ()
+    return get_args(kind) or (kind,)
+
+
+def _is_of(value: object, kind: type) -> bool:
+    """Whether a value is of a type; true is no number, a whole number is a number."""
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, {float: (int, float), Path: (str, Path)}.get(kind, kind))
