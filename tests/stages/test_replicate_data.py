@@ -44,7 +44,8 @@ def test_no_newline_is_added_where_there_is_no_input(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("a.json", "[{", "no valid JSON"),
+        ("a.json", "[{", "a.json: is no valid JSON at column 3: "),
+        ("a.json", "[1,\n{,\n2]", "a.json: is no valid JSON at line 2, column 2: "),
         ("a.json", '{"instruction": 1}', "list of records"),
         ("a.json", "", "holds no records"),
         ("a.json", "[]", "holds no records"),
@@ -53,7 +54,7 @@ def test_no_newline_is_added_where_there_is_no_input(tmp_path):
         ("a.json", '[{"instruction": 7, "output": "b"}]', "field 'instruction': must be text, got 7"),
         ("a.json", '[{"instruction": "a", "output": " "}]', "field 'output': is empty"),
         ("a.json", '[{"question": "a"}]', "none of the known fields"),
-        ("a.jsonl", '{"instruction": "a"\n', "line 1"),
+        ("a.jsonl", '\n\n{"instruction": "a"\n', "a.jsonl: line 3: is no valid JSON at column 20: "),
         ("a.json", '[{"messages": []}]', "must be a list of turns"),
         ("a.json", '[{"messages": [{"role": "bot", "content": "x"}]}]', "'role' must be one of"),
         ("a.json", '[{"messages": [{"role": "assistant", "content": "x"}]}]', "turns must go user, assistant"),

@@ -52,6 +52,10 @@ def parse_json(text: str, where: str, cure: str, fault: Fault = ArtefactError) -
         return json.loads(text)
     except RecursionError:
         raise fault(f"{where}: is nested too deeply; {cure}") from None
+    except json.JSONDecodeError as error:
+        # Where the text is one line, `where` may name its line in a file of many.
+        line = f"line {error.lineno}, " if "\n" in text.strip() else ""
+        raise fault(f"{where}: is no valid JSON at {line}column {error.colno}: {error.msg}; {cure}") from None
     except ValueError as error:
         raise fault(f"{where}: is no valid JSON: {error}; {cure}") from None
 
