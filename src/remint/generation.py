@@ -39,8 +39,9 @@ def answer_all(
     max_new_tokens: int,
     batch: int,
     done: Callable[[int], object] = lambda _: None,
+    unfinished: str = "",
 ) -> list[str]:
-    """Greedy answers to many conversations, in their order.
+    """Greedy answers to many conversations, in their order; one that `max_new_tokens` cut ends in `unfinished`.
 
     Prompts of like length are answered together, the shorter ones padded on the left and masked; `done` is told how
     many prompts each batch finished.
@@ -54,7 +55,7 @@ def answer_all(
             model, conversation.stop_ids(tokenizer), [prompts[i] for i in chosen], max_new_tokens, Sampling()
         )
         for index, row in zip(chosen, rows, strict=True):
-            answers[index] = decode(tokenizer, row)
+            answers[index] = decode(tokenizer, row) + (unfinished if len(row) == max_new_tokens else "")
         done(len(chosen))
     return answers
 

@@ -125,6 +125,19 @@ def test_answers_do_not_depend_on_their_company(tiny):
     assert together == alone
 
 
+def test_an_answer_that_was_cut_can_be_told_from_a_whole_one(tiny, monkeypatch):
+    model, history = tiny.model(), [{"role": "user", "content": "x"}]
+    written = generate(model, [0], [tiny.conversation.prompt(tiny.tokenizer, history)], 9, Sampling())[0]
+    at = max(index for index, token in enumerate(written) if token not in written[:index])
+    monkeypatch.setattr(type(tiny.conversation), "stop_ids", lambda *_: [written[at]])
+
+    def answer(limit):
+        return answer_all(model, tiny.tokenizer, tiny.conversation, [history], limit, 1, unfinished="…")[0]
+
+    assert at > 0
+    assert answer(at) == answer(at + 1) + "…"
+
+
 def test_half_a_character_at_the_end_of_a_cut_answer_is_no_text(tiny):
     ids = tiny.tokenizer.encode("好的，明", add_special_tokens=False)
     texts = [decode(tiny.tokenizer, ids[:count]) for count in range(len(ids) + 1)]

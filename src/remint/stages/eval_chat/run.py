@@ -78,7 +78,14 @@ def _ask(
     histories = [row["messages"][:-1] for _, row in records]
     with tqdm(total=len(records), unit="answer", desc=f"eval_chat: {name}", dynamic_ncols=True) as bar:
         answers = answer_all(
-            model, tokenizer, conversation, histories, settings.max_new_tokens, settings.batch, lambda n: bar.update(n)
+            model,
+            tokenizer,
+            conversation,
+            histories,
+            settings.max_new_tokens,
+            settings.batch,
+            lambda n: bar.update(n),
+            unfinished="…",
         )
     losses = {
         kind: mean_loss(

@@ -162,7 +162,13 @@ class Session:
         self.model.eval()
         histories = [[{"role": "user", "content": prompt}] for prompt in self.train.sample_prompts]
         answers = answer_all(
-            self.model.model, self.tokenizer, self.conversation, histories, self.train.sample_tokens, batch=8
+            self.model.model,
+            self.tokenizer,
+            self.conversation,
+            histories,
+            self.train.sample_tokens,
+            batch=8,
+            unfinished="…",
         )
         tqdm.write(f"step {step}: held-out loss {self.recorded.history[-1]['held_out_loss']:.3f}")
         for prompt, answer in zip(self.train.sample_prompts, answers, strict=True):
