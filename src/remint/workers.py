@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import IO
 
+from remint.core import signals
 from remint.core.errors import RemintError, SettingsError
 from remint.core.launch import LOST
 
@@ -94,12 +95,8 @@ def _forwarded(workers: Sequence[Worker]) -> Iterator[list[int]]:
             worker.send_signal(signal.SIGKILL if received else number)
         received.append(number)
 
-    previous = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with signals.handled(receive):
         yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _wait(workers: Sequence[Worker]) -> set[int]:

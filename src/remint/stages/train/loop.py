@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from remint.core import signals
 from remint.core.errors import RemintError, SettingsError, got
 from remint.core.paths import SCRATCH
 from remint.determinism import seed_step
@@ -183,9 +183,5 @@ def stop_signals(alone: bool = True) -> Iterator[list[int]]:
         received.append(number)
         print("\nstopping after this step; a second signal stops at once", flush=True)
 
-    previous = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with signals.handled(receive):
         yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
