@@ -16,7 +16,7 @@ from typing import Any
 
 from remint.core.config import check
 from remint.core.errors import ArtefactError, got
-from remint.core.files import read_object, read_rows
+from remint.core.files import is_encodable, read_object, read_rows
 from remint.manifest import dump_json
 
 NAME = "template.json"
@@ -155,15 +155,18 @@ def read_conversations(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _is_conversation(messages: Any) -> bool:
+def is_message(message: Any) -> bool:
+    """Whether it has a role that a template knows and content that is text, as far as UTF-8 can hold it."""
     return (
-        bool(messages)
-        and isinstance(messages, list)
-        and all(
-            isinstance(message, dict) and message.get("role") in ROLES and isinstance(message.get("content"), str)
-            for message in messages
-        )
+        isinstance(message, dict)
+        and message.get("role") in ROLES
+        and isinstance(message.get("content"), str)
+        and is_encodable(message["content"])
     )
+
+
+def _is_conversation(messages: Any) -> bool:
+    return isinstance(messages, list) and bool(messages) and all(map(is_message, messages))
 
 
 def missing_tokens(template: Template, tokenizer: Any) -> list[str]:

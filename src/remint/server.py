@@ -19,10 +19,9 @@ from typing import Any
 import torch
 
 from remint import chat, modeling
-from remint.chat import ROLES
+from remint.chat import is_message
 from remint.core.config import check, places
 from remint.core.errors import RemintError, got, one_line
-from remint.core.files import is_encodable
 from remint.generation import Sampling, decode, generate
 
 _MAX_BODY = 2**20
@@ -84,7 +83,7 @@ class Answerer:
 
     def _read(self, body: Mapping[str, Any]) -> tuple[list[dict[str, str]], int, Sampling, int]:
         messages = body.get("messages")
-        if not isinstance(messages, list) or not messages or not all(_is_message(message) for message in messages):
+        if not isinstance(messages, list) or not messages or not all(map(is_message, messages)):
             raise _bad('messages: must be a list of {"role": …, "content": text}, the last one of the user')
         if messages[-1]["role"] != "user":
             raise _bad("messages: the last one must be of the user")
@@ -105,15 +104,6 @@ class Answerer:
 
 def _bad(reason: str) -> Refused:
     return Refused(HTTPStatus.BAD_REQUEST, reason)
-
-
-def _is_message(message: Any) -> bool:
-    return (
-        isinstance(message, dict)
-        and message.get("role") in ROLES
-        and isinstance(message.get("content"), str)
-        and is_encodable(message["content"])
-    )
 
 
 def _whole(body: Mapping[str, Any], name: str, default: int) -> int:
@@ -166,6 +156,10 @@ class _Handler(BaseHTTPRequestHandler):
         if not length.isdecimal():
             raise Refused(HTTPStatus.LENGTH_REQUIRED, "send a Content-Length")
         if len(length) > 9 or int(length) > _MAX_BODY:
+            # A client that is still sending would see its connection break before it reads the answer.
+            left = 16 * _MAX_BODY if len(length) > 9 else min(int(length), 16 * _MAX_BODY)
+            while left and (block := self.rfile.read(min(left, _MAX_BODY))):
+                left -= len(block)
             raise Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"send at most {_MAX_BODY} bytes")
         try:
             body = json.loads(self.rfile.read(int(length)))
