@@ -5,7 +5,6 @@ imported everything already; they are processes of their own all the same, and S
 """
 
 import contextlib
-import multiprocessing
 import os
 import random
 import shutil
@@ -19,8 +18,7 @@ import psutil
 import pytest
 
 from remint import manifest
-from remint.core import launch
-from tests.workplace import STAGES, wait_for, with_tiny_model
+from tests.workplace import STAGES, imported, wait_for, with_tiny_model
 
 pytestmark = pytest.mark.slow
 
@@ -50,16 +48,8 @@ def stage_process(root, stage, log):
 
 @pytest.fixture(scope="module")
 def server():
-    """Starts processes with everything imported, under the variables that a stage runs with."""
-    kept = dict(os.environ)
-    for name in [name for name in kept if name.startswith(("MLFLOW", "DVC", "REMINT", "GIT"))]:
-        del os.environ[name]
-    os.environ |= launch.environment(2, network=False) | {"REMINT_DEVICE": "cpu"}
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    yield context
-    os.environ.clear()
-    os.environ |= kept
+    with imported(*PRELOADED, threads=2) as context:
+        yield context
 
 
 @pytest.fixture(scope="module")

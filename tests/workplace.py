@@ -1,5 +1,7 @@
 """A repository of its own for tests that run the project as a user does, with a tiny real model in it."""
 
+import contextlib
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -7,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+from remint.core import launch
 from tests.conftest import ROOT, write_tiny_model
 
 STAGES = ["replicate_data", "stage_base", "train", "convert", "merge", "eval_chat"]
@@ -22,6 +25,20 @@ CHANGES = {
     "  max_new_tokens: 48": "  max_new_tokens: 4",
     "    rank: 32": "    rank: 4",
 }
+
+
+@contextlib.contextmanager
+def imported(*modules, threads):
+    """Starts processes, as multiprocessing's contexts do, that have `modules` imported and the variables of a stage."""
+    kept = dict(os.environ)
+    for name in [name for name in kept if name.startswith(("MLFLOW", "DVC", "REMINT", "GIT"))]:
+        del os.environ[name]
+    os.environ |= launch.environment(threads, network=False) | {"REMINT_DEVICE": "cpu"}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(modules))
+    yield context
+    os.environ.clear()
+    os.environ |= kept
 
 
 class Workplace:

@@ -1,7 +1,6 @@
 """Several processes share a training: the same bytes as one with as many times the accumulation, whatever happens to them."""
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -12,13 +11,13 @@ import pytest
 import torch
 from torch.distributed import TCPStore
 
-from remint.core import launch
 from remint.core.config import Runtime
 from remint.core.errors import RemintError, SettingsError, Stopped
 from remint.core.log import silent
 from remint.qlora import Lora, Quantization
 from remint.stages.train import group, run, session
 from tests.stages.test_train import PATHS, settings, write_inputs
+from tests.workplace import imported
 
 CPU = torch.device("cpu")
 PRELOADED = ["tests.stages.test_group", "transformers.models.llama.modeling_llama"]
@@ -51,14 +50,8 @@ def member(root, rank, size, port, changes, harm):
 
 @pytest.fixture(scope="module")
 def server():
-    """Starts processes that have everything imported."""
-    kept = dict(os.environ)
-    os.environ |= launch.environment(1, network=False) | {"REMINT_DEVICE": "cpu"}
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    yield context
-    os.environ.clear()
-    os.environ |= kept
+    with imported(*PRELOADED, threads=1) as context:
+        yield context
 
 
 @pytest.fixture
