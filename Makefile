@@ -77,6 +77,7 @@ experiments: $(DONE) ## compare experiments in a table
 	@# The figures that one chooses by; `dvc exp show` has the rest.
 	@$(BIN)/dvc exp show --only-changed --drop 'base[.]|data/|src/|docker/|conf/' \
 		--drop 'merged[.](control|(maker|leak)_|name$$)'
+	@[ -n "$$($(BIN)/dvc exp list --names-only 2>/dev/null)" ] || echo "no experiments yet; \`dvc exp run -S train.lr=1e-3\` makes one"
 
 verify: $(DONE) ## recompute every artefact's checksums, check provenance and signature
 	@$(BIN)/remint verify

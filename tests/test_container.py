@@ -311,6 +311,8 @@ def test_what_is_built_on_is_a_choice(engine, variables, arguments):
     [
         (("remote",), "make remote: needs a place, got none; add URL="),
         (("stop", "DOCKER=no-such-engine"), "make stop: no-such-engine was not found"),
+        (("up", "DOCKER=no-such-engine"), "docker/stack: no-such-engine was not found"),
+        (("recipe",), "`make recipe NAME=smoke` takes one"),
         (("ui", "PORT={taken}"), "make ui: port {taken} cannot be had; try PORT="),
     ],
 )

@@ -16,7 +16,9 @@ def main(command: str, arguments: Sequence[str]) -> int:
         return _list(arguments[0] if arguments else "")
     names = [argument for argument in arguments if not argument.startswith("-")]
     if len(names) != 1:
-        raise RemintError(f"recipe: needs one name, got {names}; `make recipes` lists them")
+        raise RemintError(
+            f"recipe: needs one name, got {names}; `make recipes` lists them, `make recipe NAME=smoke` takes one"
+        )
     return _choose(names[0], "--force" in arguments)
 
 
