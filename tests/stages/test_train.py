@@ -244,6 +244,7 @@ class Killed(BaseException):
     """Stands in for a kill: nobody catches it."""
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_step_ends_in_the_same_bytes(paths, monkeypatch):
     whole = train(paths, epochs=3)
     steps = json.loads(whole["manifest.json"])["facts"]["steps"]["last"]
@@ -262,6 +263,7 @@ def test_a_run_killed_at_any_step_ends_in_the_same_bytes(paths, monkeypatch):
         assert train(paths, epochs=3) == whole
 
 
+@pytest.mark.slow
 def test_a_run_stopped_by_a_signal_at_any_step_ends_in_the_same_bytes(paths, monkeypatch):
     often = {"epochs": 3, "save_steps": 5, "eval_steps": 100}
     whole = train(paths, **often)
