@@ -46,6 +46,7 @@ VARIANTS: dict[str, tuple[str, str, bool, bool, int]] = {
     "wide": ("fused", "once", False, False, 16),
     "packed": ("fused", "each_use", False, False, 8),
     "small": ("fused", "each_use", True, False, 4),
+    "small, 5 rows": ("fused", "each_use", True, False, 5),
     "small, 6 rows": ("fused", "each_use", True, False, 6),
 }
 

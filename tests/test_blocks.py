@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from remint import kernels
 from remint.loss import SupervisedLoss
 from remint.modeling import add_lora, quantize
 from remint.packing import collate, document
@@ -24,7 +25,10 @@ def blocks():
     with pytest.MonkeyPatch.context() as patch:
         for name in ("ops", "attention"):
             patch.setitem(sys.modules, f"remint.kernels.{name}", plain_ops)
-        patch.delitem(sys.modules, "remint.kernels.blocks", raising=False)
+        for name in ("groups", "blocks"):  # what they are afterwards is what they were, or nothing
+            patch.setitem(sys.modules, f"remint.kernels.{name}", None)
+            patch.setattr(kernels, name, None, raising=False)
+            del sys.modules[f"remint.kernels.{name}"]
         yield importlib.import_module("remint.kernels.blocks")
 
 

@@ -11,7 +11,7 @@ from tests import plain_ops
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU, or Triton with TRITON_INTERPRET=1", allow_module_level=True)
-from remint.kernels import attention, ops  # noqa: E402
+from remint.kernels import attention, ops, triton_kernels  # noqa: E402
 
 RANK = 8
 
@@ -26,7 +26,7 @@ def same_masks(monkeypatch):
             return ones
         wide, out, row = ones.new_empty(len(ones), ones.shape[1]), torch.empty_like(ones), ones[0]
         ops._launch(
-            ops._normed, ones, ones.shape[1], ones, ones, row, ones, wide, out, ones[:, 0].clone(), wide.stride(0), seed,
+            triton_kernels.normed, ones, ones.shape[1], ones, ones, row, ones, wide, out, ones[:, 0].clone(), wide.stride(0), seed,
             0.0, 1.0, p=p, HAS_DELTA=False,
         )  # fmt: skip
         return (out != 0) / (1 - p)

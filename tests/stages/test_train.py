@@ -302,6 +302,20 @@ def test_how_often_it_is_watched_changes_no_weight(paths):
     assert often[last] == seldom[last]
 
 
+def test_the_untrained_adapter_is_left_out_of_the_first_answers_and_of_no_later_ones(paths, monkeypatch):
+    enabled, answer_all = [], session.answer_all
+
+    def watched(model, *arguments, **options):
+        enabled.append(model.get_model_status().enabled)
+        return answer_all(model, *arguments, **options)
+
+    monkeypatch.setattr(session, "answer_all", watched)
+    train(paths)
+    assert enabled[0] is False
+    assert len(enabled) > 1
+    assert all(enabled[1:])
+
+
 def test_recomputed_activations_give_the_same_bytes(paths):
     plain, recomputed = train(paths), train(paths, gradient_checkpointing=True)
     # The manifest says which settings were used, and nothing else differs.

@@ -37,7 +37,7 @@ def tiles(starts: torch.Tensor, tokens: int) -> Tiles:
     return Tiles(first, torch.where(known, end, 0).int(), torch.where(known, begin, 0).int())
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _forward(
     qkv, out, norms, firsts, ends, begins, stride, tokens, scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
@@ -78,7 +78,7 @@ def _forward(
     tl.store(norms + head * tokens + row, highest + tl.log2(total), mask=row < end)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _back_queries(
     qkv, out, dout, norms, inner, dqkv, firsts, ends, begins, stride, tokens, scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
@@ -117,7 +117,7 @@ def _back_queries(
     tl.store(dqkv + at, (dq * scale).to(dqkv.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _back_keys(
     qkv, dout, norms, inner, dqkv, firsts, ends, begins, stride, tokens, scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,

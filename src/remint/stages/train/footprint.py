@@ -9,10 +9,10 @@ import torch
 from remint.core.errors import GpuTooSmall
 from remint.core.files import read_object
 from remint.kernels.head import ROWS
+from remint.kernels.layers import LINEARS
 from remint.modeling import DTYPES
 from remint.stages.train.settings import Train
 
-_ALL = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 # What allocators lose to the sizes of their blocks; seen against measured peaks, see docs/results.md.
 _MARGIN = 1.03
 
@@ -31,7 +31,7 @@ def needed(config: Mapping[str, Any], train: Train) -> int | None:
     Frozen weights, the adapter with its gradients and AdamW's two moments in fp32, what the backward pass reads (or the input of each
     layer and the whole of one), and the largest passing tensors.
     """
-    if train.kernels != "fused" or set(train.lora.targets) != _ALL:
+    if train.kernels != "fused" or set(train.lora.targets) != set(LINEARS):
         return None
     size, rank = DTYPES[train.precision].itemsize, train.lora.rank
     hidden, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]

@@ -1,5 +1,6 @@
 """One training run in progress: what it has recorded, what it answers, what it has saved."""
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -161,15 +162,17 @@ class Session:
     def _sample(self, step: int) -> None:
         self.model.eval()
         histories = [[{"role": "user", "content": prompt}] for prompt in self.train.sample_prompts]
-        answers = answer_all(
-            self.model.model,
-            self.tokenizer,
-            self.conversation,
-            histories,
-            self.train.sample_tokens,
-            batch=8,
-            unfinished="…",
-        )
+        # Before the first step the adapter adds zero, which takes most of the time that a GPU needs for an answer.
+        with contextlib.nullcontext() if step else self.model.model.disable_adapter():
+            answers = answer_all(
+                self.model.model,
+                self.tokenizer,
+                self.conversation,
+                histories,
+                self.train.sample_tokens,
+                batch=8,
+                unfinished="…",
+            )
         tqdm.write(f"step {step}: held-out loss {self.recorded.history[-1]['held_out_loss']:.3f}")
         for prompt, answer in zip(self.train.sample_prompts, answers, strict=True):
             self.recorded.samples.append({"step": step, "prompt": prompt, "answer": answer})

@@ -1,0 +1,97 @@
+"""Linear layers with LoRA that read one input, as one product.
+
+With the low-rank activations l = d Aᵀ (d is the input after dropout) in further columns of the input and B in further columns
+of the weight, [x | l] [W | B]ᵀ is x Wᵀ + l Bᵀ, and its backward pass [dx | dl] = dy [W | B] is one product as well.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from remint.kernels import ops
+
+
+@dataclass
+class Scratch:
+    """A matrix that groups of one shape share, and the group whose values are in it."""
+
+    matrix: Tensor
+    owner: "Group | None" = None
+
+
+class Group:
+    """Linear layers with LoRA that read one input of K columns, as one product of N = N₁ + N₂ + … columns.
+
+    Its matrix is (N, K + m·rank) for m layers: W, then each layer's B in its own rows and columns, zero elsewhere. Frozen
+    weights in full size become views of it; 4-bit ones are unpacked into `scratch`, which groups of one shape share.
+    """
+
+    def __init__(self, layers: Sequence[LoraLayer], scratch: dict[tuple[int, int], Scratch], dtype: torch.dtype):
+        (name,) = layers[0].active_adapters
+        self.bases: list[Any] = [layer.base_layer for layer in layers]
+        self.down = [layer.lora_A[name].weight for layer in layers]
+        self.up = [layer.lora_B[name].weight for layer in layers]
+        self.scale: float = layers[0].scaling[name]
+        self.p: float = getattr(layers[0].lora_dropout[name], "p", 0.0)
+        self.width, self.rank = self.bases[0].in_features, len(self.down[0])
+        self.sizes = [base.out_features for base in self.bases]
+        shape = (sum(self.sizes), self.width + len(layers) * self.rank)
+        self.packed = isinstance(self.bases[0], Linear4bit)
+        where = self.down[0].device
+        if self.packed:
+            if shape not in scratch:
+                scratch[shape] = Scratch(torch.zeros(shape, dtype=dtype, device=where))
+            self._scratch = scratch[shape]
+            self._matrix = self._scratch.matrix
+        else:
+            self._matrix = torch.zeros(shape, dtype=dtype, device=where)
+            for base, rows in zip(self.bases, self._matrix.split(self.sizes), strict=True):
+                rows[:, : self.width] = base.weight
+                base.weight = nn.Parameter(rows[:, : self.width], requires_grad=False)
+        self.low = torch.empty(len(layers) * self.rank, self.width, dtype=dtype, device=where)
+        biases = [b.bias if b.bias is not None else torch.zeros(b.out_features, device=where) for b in self.bases]
+        self.bias = torch.cat(biases).to(dtype) if any(b.bias is not None for b in self.bases) else None
+
+    def parameters(self) -> tuple[Tensor, ...]:
+        """All A, then all B, in the order of their gradients."""
+        return (*self.down, *self.up)
+
+    def lows(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Where each A belongs in `low`, and A."""
+        yield from zip(self.low.split(self.rank), self.down, strict=True)
+
+    def ups(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Where each B belongs in a matrix of full size, and B."""
+        for index, (rows, up) in enumerate(zip(self._matrix.split(self.sizes), self.up, strict=True)):
+            first = self.width + index * self.rank
+            yield rows[:, first : first + self.rank], up
+
+    def matrix(self) -> Tensor:
+        """The product's matrix, good until another group of this shape is asked for its own."""
+        if self.packed and self._scratch.owner is not self:
+            self._scratch.owner = self
+            ops.unpacked([base.weight for base in self.bases], self.up, self._matrix)
+        return self._matrix
+
+    def wide(self, like: Tensor) -> Tensor:
+        """An unfilled input of the product for as many rows as `like` has."""
+        return like.new_empty(len(like), self._matrix.shape[1])
+
+    def __call__(self, wide: Tensor) -> Tensor:
+        """The product (T, N) of `wide` (T, K + m·rank)."""
+        matrix = self.matrix()
+        return wide @ matrix.T if self.bias is None else torch.addmm(self.bias, wide, matrix.T)
+
+    def back(self, dy: Tensor) -> Tensor:
+        """The gradient of `wide`."""
+        return dy @ self.matrix()
+
+    def gradients(self, dy: Tensor, low: Tensor, dlow: Tensor) -> list[Tensor]:
+        """Gradients of `parameters`, fp32; `low` are the last columns of `wide`, `dlow` is the gradient of `self.low`."""
+        columns = zip(dy.split(self.sizes, 1), low.split(self.rank, 1), strict=True)
+        return [*(dlow * self.scale).split(self.rank), *(ops.product(part.T, column) for part, column in columns)]

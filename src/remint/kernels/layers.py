@@ -1,0 +1,5 @@
+"""The linear layers of a Llama-like decoder layer, by the names that transformers gives them."""
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+LINEARS = ATTENTION + MLP
