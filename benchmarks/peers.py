@@ -15,6 +15,7 @@ import json
 import os
 import queue
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from peers_job import IGNORED, Job, load, steady
+from train_speed import SHAPES
 
 from remint.core import launch
 
@@ -50,44 +52,46 @@ class Contestant:
         return bool(self.settings.get("nf4", True))
 
 
-_AXOLOTL = "0.19.0 pins transformers 5.16.1, xformers for CUDA and fifty more: it has no contestant yet"
+_AXOLOTL = "0.19.0 pins fifty packages, transformers 5.16.1 and CUDA's xformers among them: no function for it yet"
 _OPEN = {"packing": True, "gradient_checkpointing": False}
+# Unsloth does not pack on a CPU; documents of similar length need the least padding.
+_UNSLOTH_BEST = {"nf4": False, "checkpointing": False, "train_sampling_strategy": "group_by_length"}
+_BFLOAT16 = {"dtype": "bfloat16", "bf16": True}
 OURS = "remint"
 CONTESTANTS: dict[str, dict[str, Contestant]] = {
     "cpu": {
         OURS: Contestant("remint"),
-        "TRL, defaults": Contestant("trl", {"bf16": False}),
-        # TRL turns a quantized base's adapter to bfloat16, for which these CPUs have no units.
+        "TRL, defaults": Contestant("trl"),
+        # TRL turns a quantized base's adapter to bfloat16, for which AVX2 has no instructions.
         "TRL, packed": Contestant("trl", {**_OPEN, "adapter_dtype": "float32"}),
         "TRL, packed, LoRA on float32": Contestant("trl", {**_OPEN, "nf4": False}),
         "Unsloth, defaults": Contestant("unsloth"),
-        "Unsloth, LoRA on float32": Contestant("unsloth", {"nf4": False, "checkpointing": False}),
-        "X1": Contestant(
-            "unsloth",
-            {"nf4": False, "checkpointing": False, "compile": True, "train_sampling_strategy": "group_by_length"},
-        ),
-        "X2": Contestant(
-            "unsloth", {"nf4": False, "checkpointing": False, "train_sampling_strategy": "group_by_length"}
-        ),
-        "X3": Contestant(
-            "trl", {"nf4": False, "gradient_checkpointing": False, "train_sampling_strategy": "group_by_length"}
-        ),
-        "X4": Contestant("trl", {"nf4": False, **_OPEN, "torch_compile": True}),
+        "Unsloth, LoRA on float32": Contestant("unsloth", _UNSLOTH_BEST),
         "LLaMA-Factory, defaults": Contestant("llamafactory"),
         "Axolotl": Contestant("axolotl", absent=_AXOLOTL),
     },
+    # On a CPU that multiplies bfloat16, which ours does not use: its bytes must not depend on the CPU.
+    "native": {
+        OURS: Contestant("remint"),
+        "TRL, defaults": Contestant("trl", {"bf16": True}),
+        "TRL, packed": Contestant("trl", {**_OPEN, **_BFLOAT16}),
+        "TRL, packed, LoRA on float32": Contestant("trl", {**_OPEN, "nf4": False}),
+        "TRL, packed, LoRA on bfloat16": Contestant("trl", {**_OPEN, **_BFLOAT16, "nf4": False}),
+        "Unsloth, LoRA on bfloat16": Contestant("unsloth", {**_UNSLOTH_BEST, **_BFLOAT16}),
+    },
     "cuda": {
         OURS: Contestant("remint"),
-        "TRL, defaults": Contestant("trl"),
         "TRL, packed": Contestant("trl", {**_OPEN, "rows": 1}),
         # Rows are cut from one long text, so attention needs no mask; documents see their neighbours.
         "TRL, cut rows, Liger": Contestant("trl", {**_OPEN, "packing_strategy": "wrapped", "use_liger_kernel": True}),
-        "Unsloth, defaults": Contestant("unsloth"),
         "Unsloth, packed": Contestant("unsloth", {"packing": True, "checkpointing": False}),
-        "LLaMA-Factory, defaults": Contestant("llamafactory"),
+        # Without `neat_packing`, which would need a mask, its documents see their neighbours, too.
         "LLaMA-Factory, packed, Liger": Contestant(
             "llamafactory", {"packing": True, "disable_gradient_checkpointing": True, "enable_liger_kernel": True}
         ),
+        "TRL, defaults": Contestant("trl"),
+        "Unsloth, defaults": Contestant("unsloth"),
+        "LLaMA-Factory, defaults": Contestant("llamafactory"),
         "Axolotl": Contestant("axolotl", absent=_AXOLOTL),
     },
 }
@@ -137,6 +141,7 @@ class Running:
                 text=True,
                 env={**os.environ, **block},
                 cwd=folder,
+                start_new_session=True,
             )
         self._said: queue.Queue[str] = queue.Queue()
         self._listener = threading.Thread(target=self._listen, daemon=True)
@@ -167,8 +172,9 @@ class Running:
         return said
 
     def close(self) -> None:
-        """End it, whatever it does."""
-        self._process.kill()
+        """End it and all that it has started, whatever they do."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._listener.join()
         for pipe in (self._process.stdin, self._process.stdout):
@@ -184,9 +190,9 @@ class ContestantError(Exception):
 def main() -> None:
     """Prepare the job, run the contestants, print the table, draw the plot."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=12, help="optimizer steps' worth of documents")
+    parser.add_argument("--steps", type=int, default=8, help="optimizer steps' worth of documents")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="names that start so, as `trl` or 'TRL, packed'")
-    parser.add_argument("--shape", help="random weights of this shape of train_speed.py instead of the staged base")
+    parser.add_argument("--shape", choices=SHAPES, help="random weights of this shape instead of the staged base")
     parser.add_argument("--length", type=int, help="tokens of a row; default: 256 on a CPU, 2048 on a GPU")
     parser.add_argument("--rows", type=int, help="rows of a step; default: 1 on a CPU, 8 on a GPU")
     parser.add_argument("--threads", type=int, default=2)
@@ -198,11 +204,14 @@ def main() -> None:
     ours = launch.environment(options.threads, network=False) | {"PYTHONPATH": _path([ROOT / "src"])}
     _referee("prepare", job_path, vars(options), ours)
     job = load(job_path)
+    options.native |= job.device == "cuda"
     chosen = {
         name: contestant
-        for name, contestant in CONTESTANTS["native" if job.device == "cpu" and options.native else job.device].items()
+        for name, contestant in CONTESTANTS["native" if options.native and job.device == "cpu" else job.device].items()
         if not options.only or any(name.lower().startswith(start.lower()) for start in options.only)
     }
+    if not chosen:
+        parser.error(f"--only: nobody's name starts so; choose from {', '.join(CONTESTANTS[job.device])}")
     results = {name: Result(name) for name in chosen}
     # One at a time where they cannot share the device.
     heats = [list(chosen)] if job.device == "cpu" else [[name] for name in chosen]
@@ -217,6 +226,8 @@ def main() -> None:
     judged = json.loads(_referee("judge", job_path, folders, ours).splitlines()[-1])
     for name, loss in judged["losses"].items():
         results[name].loss = loss
+    for name, why in judged["failed"].items():
+        results[name].failed = why
     text = report(list(results.values()), judged, job, options)
     print(text)
     (SCRATCH / "table.md").write_text(text + "\n", encoding="utf-8")
@@ -243,8 +254,8 @@ def run(results: Sequence[Result], chosen: dict[str, Contestant], job: Path, opt
         turn = 0
         while active := [result for result in results if not result.failed and not result.versions]:
             turn += 1
-            told = [take_turn(running[result.name], result) for result in active]
-            print(f"  step {turn}, tokens/s: {', '.join(filter(None, told))}", flush=True)
+            if told := [*filter(None, (take_turn(running[result.name], result) for result in active))]:
+                print(f"  step {turn}, tokens/s: {', '.join(told)}", flush=True)
 
 
 def take_turn(process: Running, result: Result) -> str:

@@ -20,6 +20,7 @@ from train_speed import SHAPES, roof
 from remint import chat, determinism, modeling
 from remint.core import config
 from remint.core.config import Runtime
+from remint.core.errors import one_line
 from remint.loss import SupervisedLoss, mean_loss
 from remint.modeling import Lora, Quantization
 from remint.packing import Document, document, encode
@@ -136,6 +137,7 @@ def judge(path: Path, folders: dict[str, tuple[str, bool]]) -> dict[str, Any]:
     determinism.apply(Runtime(torch.get_num_threads(), deterministic=False))
     held_out = [document(ids, [label != IGNORED for label in labels]) for ids, labels in job.held_out]
     losses: dict[str, float] = {}
+    failed: dict[str, str] = {}
     untrained = float("nan")
     sizes: dict[str, int] = {}
     for is_quantized in (False, True):
@@ -148,12 +150,17 @@ def judge(path: Path, folders: dict[str, tuple[str, bool]]) -> dict[str, Any]:
             if is_quantized:
                 untrained = mean_loss(adapted, held_out, job.length)
             for name, (folder, trained_so) in folders.items():
-                if trained_so == is_quantized:
+                if trained_so != is_quantized:
+                    continue
+                try:
                     _take(adapted.model, Path(folder))
                     losses[name] = mean_loss(adapted, held_out, job.length)
+                except (OSError, ValueError) as error:
+                    failed[name] = f"left no adapter for this model: {one_line(error)}"
     layers, hidden = model.config.num_hidden_layers, model.config.hidden_size
     return {
         "losses": losses,
+        "failed": failed,
         "untrained": untrained,
         "roof": roof(torch, where, dtype),
         "device": torch.cuda.get_device_name(where) if where.type == "cuda" else _processor(),
@@ -167,7 +174,7 @@ def _take(adapted: Any, folder: Path) -> None:
 
     found = set_peft_model_state_dict(adapted, load_file(folder / "adapter_model.safetensors"))
     if found.unexpected_keys or any("lora" in name for name in found.missing_keys):
-        raise SystemExit(f"{folder}: is no adapter of this model, got {found}; see its log")
+        raise ValueError(f"its tensors have other names, as {[*found.unexpected_keys, *found.missing_keys][0]}")
 
 
 def _processor() -> str:

@@ -111,5 +111,7 @@ def test_ours_trains_the_very_documents(tmp_path, monkeypatch):
     assert sum(tokens for tokens, _, _ in steps) == 8 * 12
     assert sum(learned for _, learned, _ in steps) == 8 * 8
     monkeypatch.setattr(peers_referee, "roof", lambda *_: 1e12)
-    judged = peers_referee.judge(tmp_path / "job.json", {"ours": (str(tmp_path / "adapter"), True)})
+    folders = {"ours": (str(tmp_path / "adapter"), True), "lost": (str(tmp_path / "nowhere"), True)}
+    judged = peers_referee.judge(tmp_path / "job.json", folders)
     assert judged["losses"]["ours"] < judged["untrained"] - 0.1
+    assert "left no adapter" in judged["failed"]["lost"]
