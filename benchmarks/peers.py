@@ -151,7 +151,6 @@ class Running:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             self._said.put(line)
-        self._said.put("")
 
     def go(self) -> None:
         """Its turn: one step."""
@@ -162,12 +161,18 @@ class Running:
 
     def hear(self) -> dict[str, Any]:
         """The next thing it says. Raises ContestantError when it has ended without, or says nothing for too long."""
-        try:
-            line = self._said.get(timeout=PATIENCE)
-        except queue.Empty:
-            raise ContestantError(f"no word for {PATIENCE} s") from None
-        if not line:
-            raise ContestantError(reason(self.log.read_text(encoding="utf-8", errors="replace"), self._process.wait()))
+        line, since = "", time.monotonic()
+        while not line:
+            has_ended = self._process.poll() is not None
+            try:
+                line = self._said.get(timeout=0.5)
+            except queue.Empty:
+                # Workers that it has left behind may keep its pipe open.
+                if has_ended:
+                    log = self.log.read_text(encoding="utf-8", errors="replace")
+                    raise ContestantError(reason(log, self._process.returncode)) from None
+                if time.monotonic() - since > PATIENCE:
+                    raise ContestantError(f"no word for {PATIENCE} s") from None
         said: dict[str, Any] = json.loads(line)
         return said
 

@@ -1,5 +1,6 @@
 """The benchmark against other projects: turns, contestants that fail, the table, and our own part in it."""
 
+import time
 from argparse import Namespace
 from types import SimpleNamespace
 
@@ -8,7 +9,9 @@ import pytest
 from tests.conftest import ROOT, write_tiny_model
 
 CONTESTANT = """
+import os
 import sys
+import time
 from peers_job import Channel, Clock
 
 channel = Channel()
@@ -20,6 +23,8 @@ clock = Clock(channel, lambda: None)
 clock.begin()
 for step in range(3):
     if behaviour == "failing" and step == 1:
+        if os.fork() == 0:
+            time.sleep(60)  # a worker that keeps the pipe open
         raise ValueError("out of something\\nand more")
     clock.end_step(10 * (step + 1), step, 40)
 channel.say("done", peak=2**30, versions={"it": "1"})
@@ -54,7 +59,9 @@ def job(**changes):
 
 
 def test_contestants_take_turns_and_those_that_fail_say_why(peers, capfd):
+    started = time.monotonic()
     results = ran(peers, "remint", "broken", "failing")
+    assert time.monotonic() - started < 30
     assert [step["tokens"] for step in results["remint"].steps] == [10, 20, 30]
     assert (results["remint"].peak, results["remint"].versions) == (2**30, {"it": "1"})
     assert results["broken"].failed == "ModuleNotFoundError: No module named 'no_such_package'"
@@ -66,7 +73,13 @@ def test_contestants_take_turns_and_those_that_fail_say_why(peers, capfd):
 def test_the_table_has_a_row_for_everyone(peers, tmp_path):
     results = [
         peers.Result("remint", [step(1, 300, 100)] * 3, 2**30, {"torch": "2"}, 2.0),
-        peers.Result("other", [step(9, 1, 1), step(2, 300, 100), step(2, 300, 100)], 2**31, {"torch": "2"}, 2.25),
+        peers.Result(
+            "other",
+            [step(9, 1, 1), step(3, 300, 100), step(2, 300, 100), step(1.5, 300, 100)],
+            2**31,
+            {"torch": "2"},
+            2.25,
+        ),
         peers.Result("gone", failed="needs a GPU"),
     ]
     lines = peers.report(results, JUDGED, job(precision="float32"), Namespace(threads=2)).splitlines()
