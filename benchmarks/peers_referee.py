@@ -146,7 +146,8 @@ def judge(path: Path, folders: dict[str, tuple[str, bool]]) -> dict[str, Any]:
         sizes = {"linear": sum(layer.weight.numel() for layer in modeling.linears(model).values()), "head": head}
         modeling.quantize(model, Quantization("nf4" if is_quantized else "none", True, 64, "once"))
         adapted = SupervisedLoss(modeling.add_lora(model, Lora(job.rank, job.alpha, job.dropout, job.targets)))
-        with torch.autocast(where.type, dtype=dtype, enabled=where.type == "cuda"):
+        # Without its cache: the adapters change under it.
+        with torch.autocast(where.type, dtype=dtype, cache_enabled=False, enabled=where.type == "cuda"):
             if is_quantized:
                 untrained = mean_loss(adapted, held_out, job.length)
             for name, (folder, trained_so) in folders.items():
