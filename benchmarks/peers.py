@@ -393,6 +393,7 @@ def draw(results: Sequence[Result], judged: dict[str, Any], path: Path) -> None:
         axes.bar_label(bars, [style.format(value) for value in values], padding=3)
         axes.set_title(title, fontsize=10)
         axes.margins(x=0.2)
+        axes.locator_params(axis="x", nbins=5)
     figure.suptitle(judged["device"], fontsize=10)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
