@@ -1,7 +1,7 @@
 # Bare `make` lists the targets. Each makes the environment first if it is not there yet.
 .DEFAULT_GOAL := help
 .PHONY: help setup repro chat ui recipes recipe status metrics plots experiments test test-quick test-image fuzz lint format lock sbom audit clean verify reproduce sign \
-	bench-throughput image inside shell stop up down backup restore remote share fetch
+	bench bench-throughput image inside shell stop up down backup restore remote share fetch
 
 SHELL := /bin/sh
 VENV := .venv
@@ -147,6 +147,10 @@ test-image: $(DONE) ## the same pipeline in the image, and what is served from i
 fuzz: $(DONE) ## feed every reader spoilt input, new each time (MINUTES=10)
 	@end=$$(($$(date +%s) + 60 * $(MINUTES))); while [ $$(date +%s) -lt $$end ]; do \
 		FUZZ_EXAMPLES=500 $(BIN)/python -m pytest -q tests/fuzz || exit 1; done
+
+bench: $(DONE) ## time training beside that of other projects (STEPS=8, ONLY="remint trl", SHAPE=…, NATIVE=1: past AVX2)
+	@$(BIN)/python benchmarks/peers.py $(if $(STEPS),--steps $(STEPS)) $(if $(SHAPE),--shape $(SHAPE)) $(if $(NATIVE),--native) \
+		$(if $(ONLY),--only $(ONLY),--plot docs/bench.svg)
 
 bench-throughput: $(DONE) ## time everything but training over growing sizes (PARTS="merge hashing")
 	@$(BIN)/python benchmarks/throughput.py $(if $(PARTS),--parts $(PARTS),--plot docs/throughput.svg)

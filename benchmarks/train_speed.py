@@ -152,7 +152,7 @@ def measure(options: argparse.Namespace, variant: str) -> dict[str, Any]:
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    roof = _roof(torch, where, dtype)
+    reachable = roof(torch, where, dtype)
     started = wait()
     last = one(0)
     first = wait() - started
@@ -170,7 +170,7 @@ def measure(options: argparse.Namespace, variant: str) -> dict[str, Any]:
         "tokens_per_s": statistics.median(tokens[work[i]] / times[i] for i in steady),
         "learned_per_s": statistics.median(learned_tokens[work[i]] / times[i] for i in steady),
         "tflops": statistics.median(flops[work[i]] / times[i] for i in steady) / 1e12,
-        "roof": roof / 1e12,
+        "roof": reachable / 1e12,
         "peak_gib": (torch.cuda.max_memory_allocated() / 2**30) if where.type == "cuda" else float("nan"),
         "first_s": first,
         "loss": last.item(),
@@ -178,7 +178,7 @@ def measure(options: argparse.Namespace, variant: str) -> dict[str, Any]:
     }
 
 
-def _roof(torch: Any, where: Any, dtype: Any) -> float:
+def roof(torch: Any, where: Any, dtype: Any) -> float:
     """Operations a second of a large matrix product: what the device can do in practice."""
     size = (16384, 2048, 8192) if where.type == "cuda" else (512, 576, 1536)
     a = torch.randn(size[0], size[1], device=where, dtype=dtype)

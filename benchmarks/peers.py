@@ -1,0 +1,403 @@
+"""Our training beside that of other projects, on the same weights and documents, in one run: a table, and a plot.
+
+    python benchmarks/peers.py --plot docs/bench.svg
+
+Every contestant is a process of its own with packages of its own, which are installed into .scratch/bench. On a CPU all
+are started and then take turns, step by step, so that whatever else the machine does hits them alike; on a GPU, whose
+memory they cannot share, they run one after the other. Afterwards one process loads all adapters and computes their loss
+on documents that nobody trained on: that shows whether they did the same work. Whoever cannot be installed or fails is a
+line that says why.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import queue
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peers_job import IGNORED, Job, load, steady
+from train_speed import SHAPES
+
+from remint.core import launch
+
+ROOT = Path(__file__).parents[1]
+HERE = ROOT / "benchmarks"
+SCRATCH = ROOT / ".scratch" / "bench"
+# No word for so many seconds: compiling takes minutes, and an hour of waiting helps nobody.
+PATIENCE = 600
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A peer with settings. `peer` is the function in `peers_contestants.py` and the pins in `peers_<peer>.txt`."""
+
+    peer: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    absent: str = ""
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether it trains on the weights as NF4 has them."""
+        return bool(self.settings.get("nf4", True))
+
+
+_AXOLOTL = "0.19.0 pins fifty packages, transformers 5.16.1 and CUDA's xformers among them: no function for it yet"
+_OPEN = {"packing": True, "gradient_checkpointing": False}
+# Unsloth does not pack on a CPU; documents of similar length need the least padding.
+_UNSLOTH_BEST = {"nf4": False, "checkpointing": False, "train_sampling_strategy": "group_by_length"}
+_BFLOAT16 = {"dtype": "bfloat16", "bf16": True}
+OURS = "remint"
+CONTESTANTS: dict[str, dict[str, Contestant]] = {
+    "cpu": {
+        OURS: Contestant("remint"),
+        "TRL, defaults": Contestant("trl"),
+        # TRL turns a quantized base's adapter to bfloat16, for which AVX2 has no instructions.
+        "TRL, packed": Contestant("trl", {**_OPEN, "adapter_dtype": "float32"}),
+        "TRL, packed, LoRA on float32": Contestant("trl", {**_OPEN, "nf4": False}),
+        "Unsloth, defaults": Contestant("unsloth"),
+        "Unsloth, LoRA on float32": Contestant("unsloth", _UNSLOTH_BEST),
+        "LLaMA-Factory, defaults": Contestant("llamafactory"),
+        "Axolotl": Contestant("axolotl", absent=_AXOLOTL),
+    },
+    # On a CPU that multiplies bfloat16, which ours does not use: its bytes must not depend on the CPU.
+    "native": {
+        OURS: Contestant("remint"),
+        "TRL, defaults": Contestant("trl", {"bf16": True}),
+        "TRL, packed": Contestant("trl", {**_OPEN, **_BFLOAT16}),
+        "TRL, packed, LoRA on float32": Contestant("trl", {**_OPEN, "nf4": False}),
+        "TRL, packed, LoRA on bfloat16": Contestant("trl", {**_OPEN, **_BFLOAT16, "nf4": False}),
+        "Unsloth, LoRA on bfloat16": Contestant("unsloth", {**_UNSLOTH_BEST, **_BFLOAT16}),
+    },
+    "cuda": {
+        OURS: Contestant("remint"),
+        "TRL, packed": Contestant("trl", {**_OPEN, "rows": 1}),
+        # Rows are cut from one long text, so attention needs no mask; documents see their neighbours.
+        "TRL, cut rows, Liger": Contestant("trl", {**_OPEN, "packing_strategy": "wrapped", "use_liger_kernel": True}),
+        "Unsloth, packed": Contestant("unsloth", {"packing": True, "checkpointing": False}),
+        # Without `neat_packing`, which would need a mask, its documents see their neighbours, too.
+        "LLaMA-Factory, packed, Liger": Contestant(
+            "llamafactory", {"packing": True, "disable_gradient_checkpointing": True, "enable_liger_kernel": True}
+        ),
+        "TRL, defaults": Contestant("trl"),
+        "Unsloth, defaults": Contestant("unsloth"),
+        "LLaMA-Factory, defaults": Contestant("llamafactory"),
+        "Axolotl": Contestant("axolotl", absent=_AXOLOTL),
+    },
+}
+
+
+@dataclass
+class Result:
+    """What is known of a contestant in the end; `failed` says why there is nothing."""
+
+    name: str
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    peak: float = 0.0
+    versions: dict[str, str] = field(default_factory=dict)  # once it has done everything
+    loss: float | None = None
+    failed: str = ""
+
+    def per_second(self, what: str) -> float:
+        """Median of the steady steps' rates of `tokens` or `learned`."""
+        return statistics.median(step[what] / step["seconds"] for step in steady(self.steps))
+
+    @property
+    def fill(self) -> float:
+        """Share of the places in its batches that held tokens of documents."""
+        return sum(step["tokens"] for step in self.steps) / sum(step["places"] for step in self.steps)
+
+
+def place(name: str) -> Path:
+    """The folder of a contestant's log and adapter."""
+    return SCRATCH / "runs" / "".join(letter if letter.isalnum() else "-" for letter in name)
+
+
+class Running:
+    """A contestant's process. What it says comes through a queue, so that waiting can end."""
+
+    def __init__(self, name: str, contestant: Contestant, job: Path, block: dict[str, str]):
+        folder = place(name)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        self.log = folder / "log"
+        command = [sys.executable, str(HERE / "peers_contestants.py"), contestant.peer, str(job), str(folder)]
+        with self.log.open("w", encoding="utf-8") as log:
+            self._process = subprocess.Popen(
+                [*command, json.dumps(contestant.settings)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env={**os.environ, **block},
+                cwd=folder,
+                start_new_session=True,
+            )
+        self._said: queue.Queue[str] = queue.Queue()
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
+
+    def _listen(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._said.put(line)
+
+    def go(self) -> None:
+        """Its turn: one step."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended, which `hear` tells
+            self._process.stdin.write("\n")
+            self._process.stdin.flush()
+
+    def hear(self) -> dict[str, Any]:
+        """The next thing it says. Raises ContestantError when it has ended without, or says nothing for too long."""
+        line, since = "", time.monotonic()
+        while not line:
+            has_ended = self._process.poll() is not None
+            try:
+                line = self._said.get(timeout=0.5)
+            except queue.Empty:
+                # Workers that it has left behind may keep its pipe open.
+                if has_ended:
+                    log = self.log.read_text(encoding="utf-8", errors="replace")
+                    raise ContestantError(reason(log, self._process.returncode)) from None
+                if time.monotonic() - since > PATIENCE:
+                    raise ContestantError(f"no word for {PATIENCE} s") from None
+        said: dict[str, Any] = json.loads(line)
+        return said
+
+    def close(self) -> None:
+        """End it and all that it has started, whatever they do."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._listener.join()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+
+
+class ContestantError(Exception):
+    """Why a contestant has no figures."""
+
+
+def main() -> None:
+    """Prepare the job, run the contestants, print the table, draw the plot."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--steps", type=int, default=8, help="optimizer steps' worth of documents")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="names that start so, as `trl` or 'TRL, packed'")
+    parser.add_argument("--shape", choices=SHAPES, help="random weights of this shape instead of the staged base")
+    parser.add_argument("--length", type=int, help="tokens of a row; default: 256 on a CPU, 2048 on a GPU")
+    parser.add_argument("--rows", type=int, help="rows of a step; default: 1 on a CPU, 8 on a GPU")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--native", action="store_true", help="let the others use more than AVX2, where the CPU has it")
+    parser.add_argument("--plot", type=Path, help="draw the figures into this file (svg or png)")
+    options = parser.parse_args()
+    job_path = SCRATCH / "job.json"
+    SCRATCH.mkdir(parents=True, exist_ok=True)
+    ours = launch.environment(options.threads, network=False) | {"PYTHONPATH": _path([ROOT / "src"])}
+    _referee("prepare", job_path, vars(options), ours)
+    job = load(job_path)
+    options.native |= job.device == "cuda"
+    chosen = {
+        name: contestant
+        for name, contestant in CONTESTANTS["native" if options.native and job.device == "cpu" else job.device].items()
+        if not options.only or any(name.lower().startswith(start.lower()) for start in options.only)
+    }
+    if not chosen:
+        parser.error(f"--only: nobody's name starts so; choose from {', '.join(CONTESTANTS[job.device])}")
+    results = {name: Result(name) for name in chosen}
+    # One at a time where they cannot share the device.
+    heats = [list(chosen)] if job.device == "cpu" else [[name] for name in chosen]
+    try:
+        for heat in heats:
+            run([results[name] for name in heat], chosen, job_path, options)
+    except KeyboardInterrupt:
+        for result in results.values():
+            if not result.versions and not result.failed:
+                result.failed = "the run was stopped before it had ended"
+    folders = {name: [str(place(name)), chosen[name].is_quantized] for name, r in results.items() if not r.failed}
+    judged = json.loads(_referee("judge", job_path, folders, ours).splitlines()[-1])
+    for name, loss in judged["losses"].items():
+        results[name].loss = loss
+    for name, why in judged["failed"].items():
+        results[name].failed = why
+    text = report(list(results.values()), judged, job, options)
+    print(text)
+    (SCRATCH / "table.md").write_text(text + "\n", encoding="utf-8")
+    if options.plot:
+        draw(list(results.values()), judged, options.plot)
+
+
+def run(results: Sequence[Result], chosen: dict[str, Contestant], job: Path, options: argparse.Namespace) -> None:
+    """Start those contestants, and let them take turns until all have ended; what comes of each is noted in its result."""
+    with contextlib.ExitStack() as ending:
+        running: dict[str, Running] = {}
+        for result in results:
+            print(f"  {result.name}: starting", flush=True)
+            contestant = chosen[result.name]
+            try:
+                if contestant.absent:
+                    raise ContestantError(contestant.absent)
+                block = environment(contestant.peer, options)
+                running[result.name] = Running(result.name, contestant, job, block)
+                ending.callback(running[result.name].close)
+                running[result.name].hear()
+            except ContestantError as failure:
+                result.failed = str(failure)
+        turn = 0
+        while active := [result for result in results if not result.failed and not result.versions]:
+            turn += 1
+            if told := [*filter(None, (take_turn(running[result.name], result) for result in active))]:
+                print(f"  step {turn}, tokens/s: {', '.join(told)}", flush=True)
+
+
+def take_turn(process: Running, result: Result) -> str:
+    """One step of one contestant, or its end; returns how fast it was."""
+    try:
+        process.go()
+        said = process.hear()
+    except ContestantError as failure:
+        result.failed = str(failure)
+        return ""
+    if said["kind"] == "done":
+        result.peak, result.versions = said["peak"], said["versions"]
+        return ""
+    result.steps.append(said)
+    return f"{result.name} {said['tokens'] / said['seconds']:.0f}"
+
+
+def environment(peer: str, options: argparse.Namespace) -> dict[str, str]:
+    """The variables of a contestant's process, its packages installed. Raises ContestantError if they cannot be."""
+    block = launch.environment(options.threads, network=False)
+    if peer == "remint":
+        return block | {"PYTHONPATH": _path([ROOT / "src"])}
+    if options.native:
+        # What makes it exact is ours alone; what makes it fast is for all.
+        block = {name: value for name, value in block.items() if name not in launch.NUMERIC}
+    return block | {"PYTHONPATH": _path([install(peer)]), "DISABLE_VERSION_CHECK": "1"}
+
+
+def install(peer: str) -> Path:
+    """The folder with the peer's packages in the pinned versions; those that are not pinned are ours. Raises ContestantError."""
+    pins, folder = HERE / f"peers_{peer}.txt", SCRATCH / peer
+    done = folder / ".complete"
+    if done.exists() and done.read_text(encoding="utf-8") == pins.read_text(encoding="utf-8"):
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-compile",
+        "--no-deps",
+    ]
+    found = subprocess.run(
+        [*pip, "--target", str(folder), "--requirement", str(pins)], capture_output=True, text=True, check=False
+    )
+    if found.returncode:
+        raise ContestantError(f"cannot be installed: {reason(found.stderr, found.returncode)}")
+    done.write_text(pins.read_text(encoding="utf-8"), encoding="utf-8")
+    return folder
+
+
+def reason(log: str, status: int) -> str:
+    """The line of a log that says why its process ended."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    errors = [
+        line for line in lines if line.split(":")[0].split(".")[-1].endswith(("Error", "ERROR", "Exit", "Exception"))
+    ]
+    return ([f"ended with status {status}", *lines[-1:], *errors[-1:]][-1])[:160]
+
+
+def _path(folders: Sequence[Path]) -> str:
+    return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def _referee(task: str, job: Path, given: Any, block: dict[str, str]) -> str:
+    """What `peers_referee.py` prints, run in a process with our packages; it says itself why it fails."""
+    command = [sys.executable, str(HERE / "peers_referee.py"), task, str(job), json.dumps(given, default=str)]
+    done = subprocess.run(
+        command, env={**os.environ, **block}, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False
+    )
+    if done.returncode:
+        sys.exit(done.returncode)
+    return done.stdout
+
+
+def report(results: Sequence[Result], judged: dict[str, Any], job: Job, options: argparse.Namespace) -> str:
+    """The table in Markdown, with what it was measured on above and the versions below."""
+    trained = sum(len(ids) for ids, _ in job.documents)
+    learned = sum(label != IGNORED for _, labels in job.documents for label in labels)
+    lines = [
+        f"{time.strftime('%Y-%m-%d')}, {judged['device']}, {options.threads} threads; {judged['model']}; {len(job.documents)} "
+        f"documents with {trained:,} tokens, {learned / trained:.0%} of them supervised; steps of {job.rows} × {job.length} tokens, "
+        f"rank {job.rank}, dropout {job.dropout}, {job.precision}; a matrix product reaches {judged['roof'] / 1e12:.3g} TFLOP/s; "
+        f"untrained loss {judged['untrained']:.4f}",
+        "",
+        "| | tokens/s | ours is | supervised/s | TFLOP/s | of the matrix product | GiB at most | filled | steps | loss |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    speed = {result.name: result.per_second("tokens") for result in results if not result.failed}
+    for result in results:
+        if result.failed:
+            lines.append(f"| {result.name} | not here: {result.failed} |||||||||")
+            continue
+        tokens, supervised = speed[result.name], result.per_second("learned")
+        flops = 4 * (judged["linear"] * tokens + judged["head"] * supervised)
+        ratio = f"{speed[OURS] / tokens:.2f} ×" if OURS in speed else ""
+        lines.append(
+            f"| {result.name} | {tokens:,.0f} | {ratio} | {supervised:,.0f} | {flops / 1e12:.3g} | {flops / judged['roof']:.0%} | "
+            f"{result.peak / 2**30:.1f} | {result.fill:.0%} | {len(result.steps)} | {result.loss:.4f} |"
+        )
+    lines.append("")
+    for result in results:
+        if result.versions:
+            lines.append(f"{result.name}: " + ", ".join(f"{name} {value}" for name, value in result.versions.items()))
+    return "\n".join(lines)
+
+
+def draw(results: Sequence[Result], judged: dict[str, Any], path: Path) -> None:
+    """Bars for tokens a second, memory and loss; a contestant without figures has none."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams |= {"svg.hashsalt": "bench", "svg.fonttype": "none"}
+    from matplotlib import pyplot
+
+    shown = [result for result in results if not result.failed][::-1]
+    names = [result.name for result in shown]
+    colours = ["tab:blue" if name == OURS else "tab:grey" for name in names]
+    figure, fields = pyplot.subplots(1, 3, figsize=(14, 0.8 + 0.45 * len(names)), sharey=True)
+    parts = [
+        ("tokens/s", [result.per_second("tokens") for result in shown], "{:,.0f}"),
+        ("GiB at most", [result.peak / 2**30 for result in shown], "{:.1f}"),
+        (f"held-out loss afterwards (untrained: {judged['untrained']:.2f})", [r.loss for r in shown], "{:.3f}"),
+    ]
+    for axes, (title, values, style) in zip(fields, parts, strict=True):
+        bars = axes.barh(names, values, color=colours)
+        axes.bar_label(bars, [style.format(value) for value in values], padding=3)
+        axes.set_title(title, fontsize=10)
+        axes.margins(x=0.2)
+        axes.locator_params(axis="x", nbins=5)
+    figure.suptitle(judged["device"], fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+if __name__ == "__main__":
+    main()
