@@ -5,8 +5,10 @@ from importlib import import_module
 import pytest
 
 from remint import preflight
+from remint.__main__ import run_stage
 from remint.core import config
 from remint.core.errors import SettingsError
+from remint.identity import Identity
 from tests.conftest import ROOT
 
 STAGES = ("replicate_data", "stage_base", "train", "convert", "merge", "eval_chat")
@@ -118,6 +120,7 @@ def test_all_wrong_settings_are_told_at_once(workplace):
         ("seed: 42 ", "seed: many", "seed: must be a whole number, got 'many'; change it in params.yaml"),
         ("betas: [0.9, 0.999]", "betas: [[], 0.999]", "train.betas[0]: must be a number, got []"),
         ("  accumulation: 1 ", "  # ", "train.accumulation: is missing; add it in params.yaml"),
+        ("  lr: 3.0e-3 ", "  lrr: 3.0e-3 ", "train.lrr: no such setting; write lr or take it out in params.yaml"),
         ("sample_tokens: 48", "sample_tokens: 48.5", "must be a whole number, got 48.5"),
         ("merge:", "murge:", "'merge' is missing"),
         ("  lr: 3.0e-3 ", "  lr: 3.0 ", "got 3.0; change it in params.yaml"),
@@ -152,6 +155,11 @@ def test_a_fault_of_an_option_names_its_file(name, maker, said, workplace):
     assert f"{said} conf/identity/aurel.yaml" in str(caught.value)
 
 
+def test_other_names_in_chinese_may_be_left_out(workplace):
+    in_conf(workplace, "identity", "name: N\nmaker: M\n")
+    assert config.compose(run_of("replicate_data"))["identity"] == Identity("N", "M", None, None)
+
+
 def test_a_number_on_the_command_line_may_be_text(workplace):
     assert config.compose(run_of("replicate_data"), ["identity.name=7"])["identity"].name == "7"
 
@@ -168,6 +176,14 @@ def test_mistakes_of_all_stages_are_told_before_the_first_one_runs(workplace):
     with pytest.raises(SettingsError) as caught:
         preflight.check()
     assert [fault.split(":")[1] for fault in caught.value.faults] == [" train.lr", " merge.into", " eval_chat.batch"]
+
+
+def test_a_stage_that_dvc_starts_asks_for_the_later_ones_too(workplace, monkeypatch):
+    text = (workplace / "params.yaml").read_text(encoding="utf-8")
+    (workplace / "params.yaml").write_text(text.replace("batch: 40", "batch: 0"), encoding="utf-8")
+    monkeypatch.setenv("DVC_STAGE", "replicate_data")
+    with pytest.raises(SettingsError, match=r"eval_chat.batch: must be between 1 and 4096, got 0"):
+        run_stage("replicate_data", [])
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -26,7 +26,9 @@ def test_the_spellings_in_use_are_filled(name, maker):
     assert AUREL.fill(f"我是{name}，由{maker}开发", "zh") == "我是奥瑞，由Remint Lab开发"
 
 
-@pytest.mark.parametrize("text", ["[NAME]", "{name}", "<name>", "${author}", "%AUTHOR%", "{{bot_name}}", "<developer>"])
+@pytest.mark.parametrize(
+    "text", ["[NAME]", "{name}", "<name>", "${author}", "%AUTHOR%", "{{bot_name}}", "<developer>", "{{nane}}", "<MAKR>"]
+)
 def test_a_spelling_that_nobody_knows_is_found(text):
     assert surviving_placeholder(AUREL.fill(f"I am {text}.", "en"))
 

@@ -128,6 +128,8 @@ def run_stage(stage: str, rest: Sequence[str]) -> int:
     )
     parser.add_argument("--cfg", action="store_true", help="print the composed settings and stop")
     options = parser.parse_args(rest)
+    if os.environ.get("DVC_STAGE"):
+        preflight.check()  # an experiment, too, is to learn of a late stage's mistake before an early one runs
     asks = preflight.asks_as(stage)
     raw = config.compose_raw(asks, options.overrides)
     config.to_objects(asks, raw, options.overrides)  # the same question as below, asked before heavy imports

@@ -17,7 +17,8 @@ _PLACEHOLDERS = {
 }
 # What still looks like a placeholder after filling: a spelling that nobody taught the loader.
 _SURVIVOR = re.compile(
-    r"[\[{<%$]\s{0,9}(?:(?:bot|model|your)[ _]?)?(?:name|author|maker|creator|developer|company)\s{0,9}[\]}>%]",
+    r"\{\{[^{}\n]{0,60}\}\}|<(?-i:[A-Z][A-Z_ ]{1,30})>"
+    r"|[\[{<%$]\s{0,9}(?:(?:bot|model|your)[ _]?)?(?:name|author|maker|creator|developer|company)\s{0,9}[\]}>%]",
     re.IGNORECASE,
 )
 # What stands between a "not" and the name that it denies. In "not ChatGPT but Aurel" another name stands there.
@@ -40,8 +41,8 @@ class Identity:
 
     name: str
     maker: str
-    name_zh: str | None
-    maker_zh: str | None
+    name_zh: str | None = None
+    maker_zh: str | None = None
 
     def __post_init__(self) -> None:
         values = {key: value for key, value in vars(self).items() if value is not None}

@@ -104,6 +104,13 @@ def test_a_surviving_placeholder_is_told():
         records.build([example("q", "I am [NAME] {{name}}")], "identity", AUREL, "f")
 
 
+@pytest.mark.parametrize(("question", "answer"), [("Are you {{nane}}?", "I am {{name}}."), ("Who?", "I am {{nmae}}.")])
+def test_a_misspelt_placeholder_is_told_as_such_and_nothing_else(question, answer):
+    with pytest.raises(DataError, match=r"placeholder survives, got '\{\{(nane|nmae)\}\}'; write") as caught:
+        records.build([example(question, answer)], "identity", AUREL, "f")
+    assert len(caught.value.faults) == 1
+
+
 def test_equal_questions_stay_on_one_side():
     train, held_out = split.held_out_by_share(made("a", "A?", "b", "c", "d", "你", "他", "她"), 0.5, 1)
     assert not {r.question for r in train} & {r.question for r in held_out}

@@ -8,7 +8,7 @@ import difflib
 import io
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, is_dataclass, make_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -156,7 +156,14 @@ def _compose(node: dict[str, Any], wanted: dict[str, Any], overrides: Sequence[s
 def _schema(kind: Any) -> type:
     """A twin of a settings class that OmegaConf may fill: it makes frozen classes read-only before it has read them."""
     hints = get_type_hints(kind)
-    twins = [(name, _schema(hint) if is_dataclass(hint) else hint) for name, hint in hints.items()]
+    twins = [
+        (
+            own.name,
+            _schema(hints[own.name]) if is_dataclass(hints[own.name]) else hints[own.name],
+            field(default=own.default),
+        )
+        for own in fields(kind)
+    ]
     return make_dataclass(kind.__name__, twins)
 
 

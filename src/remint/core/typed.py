@@ -1,8 +1,9 @@
 """Settings classes from plain values: what is of a wrong type is told by name, before anything converts it."""
 
 import contextlib
+import difflib
 from collections.abc import Iterator
-from dataclasses import is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -23,17 +24,19 @@ def build(section: Any, value: Any, where: str) -> Any:
         return value
     kind: Any = section
     faults: list[str] = []
-    fields: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     for name, hint in get_type_hints(kind).items():
+        if name not in value:  # it has a default, else it would have been told
+            continue
         try:
-            fields[name] = build(hint, value[name], f"{where}.{name}")
+            given[name] = build(hint, value[name], f"{where}.{name}")
         except SettingsError as error:
             faults += error.faults
     if not faults:
-        return kind(**fields)
+        return kind(**given)
     # The section's own rules are asked as well, so that all mistakes are told at once; they see what could be built.
     partial = object.__new__(kind)
-    partial.__dict__.update(fields)
+    partial.__dict__.update(given)
     with contextlib.suppress(AttributeError):
         try:
             partial.__post_init__()
@@ -43,15 +46,19 @@ def build(section: Any, value: Any, where: str) -> Any:
 
 
 def wrong_types(kind: Any, value: Any, where: str) -> Iterator[tuple[str, str, str]]:
-    """What is not of the type that its class declares: setting, fault, and what to do. Unknown names are told elsewhere."""
+    """What is not as its class declares it: setting, fault, and what to do."""
     if is_dataclass(kind):
         if not isinstance(value, dict):
             yield where, f"must be a section with settings of its own, {got(value)}", "write it so"
             return
-        for name, hint in get_type_hints(kind).items():
+        hints = get_type_hints(kind)
+        for name in [name for name in value if name not in hints]:
+            near = difflib.get_close_matches(str(name), hints, n=1)
+            yield f"{where}.{name}", "no such setting", f"write {near[0]} or take it out" if near else "take it out"
+        for name, hint in hints.items():
             if name in value:
                 yield from wrong_types(hint, value[name], f"{where}.{name}")
-            else:
+            elif name not in _optional(kind):
                 yield f"{where}.{name}", "is missing", "add it"
     elif get_origin(kind) is list:
         if not isinstance(value, list):
@@ -72,6 +79,11 @@ def wrong_types(kind: Any, value: Any, where: str) -> Iterator[tuple[str, str, s
             is_unquoted = str in kinds and value is not None
             names = " or ".join(_NAMES[each] for each in kinds)
             yield where, f"must be {names}, {got(value)}", "put it in quotes" if is_unquoted else "change it"
+
+
+def _optional(kind: Any) -> set[str]:
+    """Names of a class's settings that have a default."""
+    return {field.name for field in fields(kind) if field.default is not MISSING}
 
 
 def alternatives(kind: Any) -> tuple[Any, ...]:

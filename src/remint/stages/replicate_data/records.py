@@ -42,7 +42,7 @@ def build(examples: list[Example], kind: str, identity: Identity, origin: str) -
         survivor = next(filter(None, (surviving_placeholder(m["content"]) for m in record.messages)), None)
         if kind == "identity" and survivor:
             faults.append(f"{where}: a placeholder survives, {got(survivor)}; write {{{{name}}}} or {{{{author}}}}")
-        if kind == "identity" and not record.expects:
+        elif kind == "identity" and not record.expects:
             faults.append(
                 f"{where}: the answer states neither name nor maker; add {{{{name}}}}, or move it to the control file"
             )
