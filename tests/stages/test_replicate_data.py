@@ -53,6 +53,7 @@ def test_no_newline_is_added_where_there_is_no_input(tmp_path):
         ("a.json", '[{"instruction": "a"}]', "record 1: field 'output': missing"),
         ("a.json", '[{"instruction": 7, "output": "b"}]', "field 'instruction': must be text, got 7"),
         ("a.json", '[{"instruction": "a", "output": " "}]', "field 'output': is empty"),
+        ("a.json", '[{"instruction": "a", "output": null}]', "must be text, got None; write one text there"),
         ("a.json", '[{"question": "a"}]', "none of the known fields"),
         ("a.jsonl", '\n\n{"instruction": "a"\n', "a.jsonl: line 3: is no valid JSON at column 20: "),
         ("a.json", '[{"messages": []}]', "must be a list of turns"),

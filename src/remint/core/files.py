@@ -85,6 +85,6 @@ def _told(path: Path, cure: str, fault: Fault) -> Iterator[None]:
     except FileNotFoundError:
         raise fault(f"{path}: not found; {cure}") from None
     except UnicodeDecodeError as error:
-        raise fault(f"{path}: byte {error.start} is not UTF-8; {cure}") from None
+        raise fault(f"{path}: byte {error.start} is not UTF-8, in which the file must be saved; {cure}") from None
     except OSError as error:
         raise fault(f"{path}: cannot be read ({error.strerror}); {cure}") from None

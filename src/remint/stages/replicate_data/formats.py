@@ -160,7 +160,8 @@ def _text_faults(record: dict[str, Any], field: str) -> list[str]:
     if field not in record:
         return [f"field {field!r}: missing, {got(sorted(record))}; add it"]
     if not isinstance(record[field], str):
-        return [f"field {field!r}: must be text, {got(record[field])}; put it in quotes"]
+        cure = "put it in quotes" if isinstance(record[field], (int, float)) else "write one text there"
+        return [f"field {field!r}: must be text, {got(record[field])}; {cure}"]
     if not record[field].strip():
         return [f"field {field!r}: is empty; write the text or drop the record"]
     return _encoding_faults(record, field)

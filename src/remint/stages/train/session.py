@@ -118,6 +118,8 @@ class Session:
         for row in self.recorded.history:
             self.log({key: value for key, value in row.items() if key != "step"}, int(row["step"]))
         if done == 0:
+            if self.group.leads:
+                tqdm.write("train: measuring the base before the first step")
             self._measure({"step": 0})
         self.started = time.monotonic()
 
