@@ -58,6 +58,7 @@ def job(**changes):
     )
 
 
+@pytest.mark.slow
 def test_contestants_take_turns_and_those_that_fail_say_why(peers, capfd):
     started = time.monotonic()
     results = ran(peers, "remint", "broken", "failing")
@@ -103,6 +104,7 @@ def test_what_cannot_be_installed_is_told(peers, tmp_path, monkeypatch):
         peers.install("trl")
 
 
+@pytest.mark.slow
 def test_ours_trains_the_very_documents(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.chdir(ROOT)
