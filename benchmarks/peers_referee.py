@@ -21,12 +21,12 @@ from remint import chat, determinism, modeling
 from remint.core import config
 from remint.core.config import Runtime
 from remint.core.errors import one_line
+from remint.kernels.layers import LINEARS
 from remint.loss import SupervisedLoss, mean_loss
-from remint.modeling import Lora, Quantization
 from remint.packing import Document, document, encode
+from remint.qlora import Lora, Quantization
 
 ROOT = Path(__file__).parents[1]
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # Tokens of the documents that nobody trains on.
 HELD_OUT = 2500
 # Ids that random documents leave alone: those of the tokenizer below.
@@ -60,7 +60,7 @@ def prepare(path: Path, options: dict[str, Any]) -> None:
         rank=64 if on_gpu else 32,
         alpha=16 if on_gpu else 32,
         dropout=0.1,
-        targets=TARGETS,
+        targets=list(LINEARS),
         lr=1e-3,
         precision="bfloat16" if on_gpu else "float32",
         device=where.type,

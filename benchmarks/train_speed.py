@@ -99,6 +99,7 @@ def measure(options: argparse.Namespace, variant: str) -> dict[str, Any]:
 
     from remint import determinism, modeling
     from remint.core.config import Runtime
+    from remint.kernels.layers import LINEARS
     from remint.loss import SupervisedLoss
     from remint.packing import collate, document, moved, pack
 
@@ -115,8 +116,7 @@ def measure(options: argparse.Namespace, variant: str) -> dict[str, Any]:
     torch.cuda.empty_cache() if where.type == "cuda" else None
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    adapted = modeling.add_lora(model, modeling.Lora(options.rank, 16, options.dropout, targets))
+    adapted = modeling.add_lora(model, modeling.Lora(options.rank, 16, options.dropout, list(LINEARS)))
     loss_of = SupervisedLoss(adapted, fused=kernels == "fused").train()
     trained = [p for p in loss_of.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)

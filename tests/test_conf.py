@@ -147,9 +147,7 @@ def test_a_spoilt_params_yaml_is_told(old, new, said, workplace):
     ],
 )
 def test_a_fault_of_an_option_names_its_file(name, maker, said, workplace):
-    (workplace / "conf").unlink()
-    (workplace / "conf/identity").mkdir(parents=True)
-    (workplace / "conf/identity/aurel.yaml").write_text(f"{name}\n{maker}\nname_zh: null\nmaker_zh: null\n")
+    in_conf(workplace, "identity", f"{name}\n{maker}\nname_zh: null\nmaker_zh: null\n")
     with pytest.raises(SettingsError) as caught:
         config.compose(run_of("replicate_data"))
     assert f"{said} conf/identity/aurel.yaml" in str(caught.value)

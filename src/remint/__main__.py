@@ -132,12 +132,11 @@ def run_stage(stage: str, rest: Sequence[str]) -> int:
         preflight.check()  # an experiment, too, is to learn of a late stage's mistake before an early one runs
     asks = preflight.asks_as(stage)
     raw = config.compose_raw(asks, options.overrides)
-    config.to_objects(asks, raw, options.overrides)  # the same question as below, asked before heavy imports
+    arguments = config.to_objects(asks, raw, options.overrides)
     if options.cfg:
         print(OmegaConf.to_yaml(OmegaConf.create(_plain(OmegaConf.to_container(raw, resolve=True)))), end="")
         return 0
     run = import_module(f"remint.stages.{stage}.run").run
-    arguments = config.to_objects(run, raw, options.overrides)
     key = fingerprint.of_stage(stage, raw)
     if "fingerprint" in run.__annotations__:
         arguments["fingerprint"] = key
