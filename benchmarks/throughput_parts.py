@@ -216,11 +216,12 @@ def measure_merge(source: Path, out: Path) -> dict[str, float]:
 
     from remint import adapter, determinism, shards
     from remint.core.config import Runtime
+    from remint.kernels.layers import LINEARS
     from remint.qlora import Lora
     from remint.stages.merge.weights import write_merged
 
     determinism.apply(Runtime(2, True))
-    lora = Lora(64, 16, 0.1, list(TARGETS))
+    lora = Lora(64, 16, 0.1, list(LINEARS))
     generator = torch.Generator().manual_seed(1)
     expected = adapter.expected_shapes(shards.shapes(source), lora)
     tensors = {name: torch.randn(shape, generator=generator) * 0.01 for name, shape in expected.items()}
@@ -292,7 +293,6 @@ def repro(folder: Path) -> Iterator[Point]:
         yield Point("dvc repro, no change", size / 1e6, "MB", seconds, {"after touching the file": f"{hashed:.1f} s"})
 
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # hidden, intermediate, heads, key-value heads, vocabulary
 SMOLLM2, INTERNLM2 = (576, 1536, 9, 3, 49152), (2048, 8192, 16, 8, 92544)
 
@@ -306,13 +306,15 @@ def fresh(folder: Path) -> Path:
 
 def shapes(layers: int, shape: tuple[int, int, int, int, int]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes of a Llama's tensors."""
+    from remint.kernels.layers import LINEARS, MLP
+
     hidden, inner, heads, few, vocabulary = shape
     narrow = hidden // heads * few
     yield "model.embed_tokens.weight", (vocabulary, hidden)
     for layer in range(layers):
         block = f"model.layers.{layer}"
-        for name, size in zip(TARGETS, (hidden, narrow, narrow, hidden, inner, inner), strict=False):
-            yield f"{block}.{'mlp' if name in TARGETS[4:] else 'self_attn'}.{name}.weight", (size, hidden)
+        for name, size in zip(LINEARS, (hidden, narrow, narrow, hidden, inner, inner), strict=False):
+            yield f"{block}.{'mlp' if name in MLP else 'self_attn'}.{name}.weight", (size, hidden)
         yield f"{block}.mlp.down_proj.weight", (hidden, inner)
         yield f"{block}.input_layernorm.weight", (hidden,)
         yield f"{block}.post_attention_layernorm.weight", (hidden,)
