@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 from remint.chat import Template
-from remint.core.config import check
+from remint.core.config import DTYPES, check
 from remint.core.errors import visible
 from remint.core.files import is_inside
 
@@ -45,12 +45,7 @@ class Model:
                 self.member,
                 "must name the GGUF in the wheel",
             ),
-            (
-                self.dtype in ("float32", "bfloat16", "float16"),
-                "dtype",
-                self.dtype,
-                "must be float32, bfloat16 or float16",
-            ),
+            (self.dtype in DTYPES, "dtype", self.dtype, f"must be one of {', '.join(DTYPES)}"),
             (1 <= self.shard_mb <= 100_000, "shard_mb", self.shard_mb, "must be between 1 and 100000 MiB"),
             (not bad_sums, "files", bad_sums, "must give a sha256 of 64 hexadecimal digits for each file"),
             (not bad_names, "files", bad_names, "must name files inside the source"),
