@@ -17,7 +17,7 @@ from remint.core.lock import held
 NAME = "manifest.json"
 _FORMAT = 2
 # Files hashed at the same time: hashlib lets other threads run, and one core hashes more slowly than most disks read.
-_AT_ONCE = 4
+_AT_ONCE = min(8, os.cpu_count() or 1)
 
 
 def dump_json(content: object) -> str:
