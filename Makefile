@@ -136,7 +136,7 @@ fetch: $(DONE) ## get everything from there: nothing is trained again
 
 test: $(DONE) ## the quick suite, then the pipeline end to end on a tiny real model
 	$(BIN)/python -m pytest -q -m "not slow and not engine"
-	$(BIN)/python -m pytest -q -m slow
+	@bash tests/slow.sh $(BIN)/python
 
 test-quick: $(DONE) ## the quick suite alone
 	$(BIN)/python -m pytest -q -m "not slow and not engine"
