@@ -21,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -286,7 +286,10 @@ def environment(peer: str, options: argparse.Namespace) -> dict[str, str]:
     if options.native:
         # What makes it exact is ours alone; what makes it fast is for all.
         block = {name: value for name, value in block.items() if name not in launch.NUMERIC}
-    return block | {"PYTHONPATH": _path([install(peer)]), "DISABLE_VERSION_CHECK": "1"}
+    folder = install(peer)
+    # Its packages may be linked with another CUDA's runtime than torch brings, as xformers is.
+    libraries = _path(sorted(folder.glob("nvidia/*/lib")), "LD_LIBRARY_PATH")
+    return block | {"PYTHONPATH": _path([folder]), "LD_LIBRARY_PATH": libraries, "DISABLE_VERSION_CHECK": "1"}
 
 
 def install(peer: str) -> Path:
@@ -324,8 +327,9 @@ def reason(log: str, status: int) -> str:
     return ([f"ended with status {status}", *lines[-1:], *errors[-1:]][-1])[:160]
 
 
-def _path(folders: Sequence[Path]) -> str:
-    return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
+def _path(folders: Iterable[Path], name: str = "PYTHONPATH") -> str:
+    """The value of that variable with the folders before what it holds already."""
+    return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get(name)])])
 
 
 def _referee(task: str, job: Path, given: Any, block: dict[str, str]) -> str:

@@ -104,6 +104,18 @@ def test_what_cannot_be_installed_is_told(peers, tmp_path, monkeypatch):
         peers.install("trl")
 
 
+def test_the_libraries_among_the_packages_of_a_peer_are_found(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import peers
+
+    (tmp_path / "nvidia" / "cuda_runtime" / "lib").mkdir(parents=True)
+    monkeypatch.setattr(peers, "install", lambda peer: tmp_path)
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/before")
+    block = peers.environment("unsloth", Namespace(threads=2, native=True))
+    assert block["LD_LIBRARY_PATH"].split(":") == [str(tmp_path / "nvidia" / "cuda_runtime" / "lib"), "/before"]
+    assert block["PYTHONPATH"].split(":")[0] == str(tmp_path)
+
+
 @pytest.mark.slow
 def test_ours_trains_the_very_documents(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
