@@ -64,7 +64,7 @@ def prepare(path: Path, options: dict[str, Any]) -> None:
         lr=1e-3,
         precision="bfloat16" if on_gpu else "float32",
         device=where.type,
-        seed=42,
+        seed=options["seed"],
         documents=[row(d) for d in training],
         held_out=[row(d) for d in held_out],
     ).save(path)
