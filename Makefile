@@ -52,11 +52,7 @@ chat: $(DONE) ## talk to the merged model
 	@$(BIN)/remint chat $(ARGS)
 
 ui: $(DONE) ## open MLflow on http://127.0.0.1:5000 (PORT=…)
-	@$(BIN)/python -c "import socket; socket.create_server(('127.0.0.1', $(PORT)))" 2>/dev/null \
-		|| { echo "make ui: port $(PORT) cannot be had; try PORT=5001" >&2; exit 1; }
-	@echo "the runs: http://127.0.0.1:$(PORT)/#/experiments/1/runs (Ctrl-C ends the server)"
-	@PYTHONWARNINGS=ignore $(BIN)/mlflow server --uvicorn-opts "--log-level warning" --backend-store-uri sqlite:///$(CURDIR)/mlflow.db --host 127.0.0.1 --port $(PORT) \
-		--allowed-hosts "127.0.0.1:$(PORT),localhost:$(PORT)"
+	@$(BIN)/remint ui --port $(PORT)
 
 recipes: $(DONE) ## list ready-made params.yaml files (PATTERN=internlm2)
 	@$(BIN)/remint recipes $(PATTERN)
@@ -67,10 +63,15 @@ recipe: $(DONE) ## put one in place (NAME=smoke, FORCE=1 to overwrite changes of
 status: $(DONE) ## say which stages have changed; what depends on them would run, too
 	@$(BIN)/dvc status
 
+# DVC's own message says which files it misses, and not how to make them.
+MEASURED = $(BIN)/dvc metrics show >/dev/null 2>&1 || { echo "make $@: nothing was measured here yet; run \`make repro\`" >&2; exit 1; }
+
 metrics: $(DONE) ## show the figures of the last run beside those of a commit (REV=HEAD~1)
+	@$(MEASURED)
 	@$(BIN)/dvc metrics diff --all $(REV)
 
 plots: $(DONE) ## draw the curves into dvc_plots/index.html
+	@$(MEASURED)
 	@$(BIN)/dvc plots show
 
 experiments: $(DONE) ## compare experiments in a table

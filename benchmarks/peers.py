@@ -201,7 +201,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, help="tokens of a row; default: 256 on a CPU, 2048 on a GPU")
     parser.add_argument("--rows", type=int, help="rows of a step; default: 1 on a CPU, 8 on a GPU")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=42, help="of each one's order of documents, first weights and dropout")
+    parser.add_argument(
+        "--seed", type=int, default=42, help="of each one's order of documents, first weights and dropout"
+    )
     parser.add_argument("--native", action="store_true", help="let the others use more than AVX2, where the CPU has it")
     parser.add_argument("--plot", type=Path, help="draw the figures into this file (svg or png)")
     options = parser.parse_args()

@@ -15,6 +15,7 @@ from remint.core.errors import RemintError, Stopped, no_right, no_room, one_line
 _COMMANDS = {
     "chat": "talk to the merged model",
     "serve": "answer by HTTP with the merged model",
+    "ui": "show the runs in MLflow's pages",
     "export": "write the merged model in the layout of its base (internlm2)",
     "import-adapter": "turn an adapter that XTuner trained for InternLM2 into one for the base",
     "check": "read all settings and say what is wrong with them",
@@ -30,6 +31,7 @@ _COMMANDS = {
 _WITH_OPTIONS = {
     "chat": "remint.terminal",
     "serve": "remint.server",
+    "ui": "remint.ui",
     "export": "remint.export",
     "import-adapter": "remint.import_adapter",
 }

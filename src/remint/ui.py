@@ -1,0 +1,76 @@
+"""MLflow's own server on the runs of this folder: says its address once it answers, ends on Ctrl-C without a word."""
+
+import argparse
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+
+from remint.core import signals
+from remint.core.errors import RemintError
+from remint.process import end_with_parent
+
+_PATIENCE_S, _GRACE_S = 120, 5
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Serve until a signal comes. Raises RemintError if the port is taken or the server ends by itself."""
+    parser = argparse.ArgumentParser(prog="remint ui", description="Show the runs in MLflow's pages.")
+    parser.add_argument("--port", type=int, default=5000)
+    port = parser.parse_args(arguments).port
+    _check(port)
+    quiet = {**os.environ, "PYTHONWARNINGS": "ignore"}  # warnings of its own libraries to its own authors
+    server = subprocess.Popen(_command(port), env=quiet, start_new_session=True, preexec_fn=end_with_parent)
+    asked: list[int] = []
+    with signals.handled(lambda number, _: asked.append(number)):
+        try:
+            if _answers(server, port, asked):
+                print(f"the runs: http://127.0.0.1:{port}/#/experiments/1/runs (Ctrl-C ends the server)", flush=True)
+            while server.poll() is None and not asked:
+                time.sleep(0.2)
+        finally:
+            status = _end(server)
+    if not asked:
+        raise RemintError(f"ui: MLflow's server ended with status {status}; see what it said above")
+    return 0
+
+
+def _check(port: int) -> None:
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except (OSError, OverflowError):
+        raise RemintError(f"make ui: port {port} cannot be had; try PORT=5001") from None
+
+
+def _command(port: int) -> list[str]:
+    return [
+        *(sys.executable, "-m", "mlflow", "server", "--uvicorn-opts", "--log-level warning"),
+        *("--backend-store-uri", f"sqlite:///{Path('mlflow.db').resolve()}"),
+        *("--host", "127.0.0.1", "--port", str(port), "--allowed-hosts", f"127.0.0.1:{port},localhost:{port}"),
+    ]
+
+
+def _end(server: subprocess.Popen[bytes]) -> int:
+    """End the server and what it has started; a page that is still being fetched does not keep it."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(_GRACE_S)
+    return server.wait()
+
+
+def _answers(server: subprocess.Popen[bytes], port: int, asked: Sequence[int]) -> bool:
+    """Whether the server came to answer, before it ended or somebody asked to end."""
+    deadline = time.monotonic() + _PATIENCE_S
+    while server.poll() is None and not asked and time.monotonic() < deadline:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+            return True
+        time.sleep(0.2)
+    return False
