@@ -64,7 +64,7 @@ status: $(DONE) ## say which stages have changed; what depends on them would run
 	@$(BIN)/dvc status
 
 # DVC's own message says which files it misses, and not how to make them.
-MEASURED = $(BIN)/dvc metrics show >/dev/null 2>&1 || { echo "make $@: nothing was measured here yet; run \`make repro\`" >&2; exit 1; }
+MEASURED = $(BIN)/dvc metrics show 2>/dev/null | grep -q merged || { echo "make $@: nothing was measured here yet; run \`make repro\`" >&2; exit 1; }
 
 metrics: $(DONE) ## show the figures of the last run beside those of a commit (REV=HEAD~1)
 	@$(MEASURED)
