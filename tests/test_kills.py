@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from remint import manifest
-from tests.workplace import STAGES, imported, wait_for, with_tiny_model
+from tests.workplace import STAGES, imported, processes_in, wait_for, with_tiny_model
 
 pytestmark = pytest.mark.slow
 
@@ -120,10 +120,6 @@ class Victim:
         }
         assert not list((self.place.root / ".scratch").glob("train/*"))
         assert "damaged" not in self.log.read_text()
-
-
-def processes_in(root):
-    return [p.pid for p in psutil.process_iter(["cwd"]) if p.info["cwd"] == str(root) and p.pid != os.getpid()]
 
 
 def test_a_training_that_is_killed_twenty_times_ends_in_the_same_bytes(server, built, tmp_path):

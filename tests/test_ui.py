@@ -3,39 +3,33 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import urllib.request
 
-import psutil
 import pytest
 
 from tests.conftest import ROOT
-from tests.workplace import wait_for
+from tests.workplace import free_port, processes_in, wait_for
 
 
 @pytest.fixture
 def port():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
+    return free_port()
 
 
 def start(folder, port):
     for name in ("dvc.yaml", "params.yaml"):
         shutil.copy(ROOT / name, folder)
     return subprocess.Popen(
-        [sys.executable, "-m", "remint", "ui", "--port", str(port)],
+        [sys.executable, "-m", "remint", "ui", "--port", port],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+        # A proxy that the environment names is none of loopback's business.
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "http_proxy": "http://127.0.0.1:9"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-
-
-def servers(folder):
-    return [p.pid for p in psutil.process_iter(["cwd"]) if p.info["cwd"] == str(folder)]
 
 
 @pytest.mark.slow
@@ -53,14 +47,14 @@ def test_it_says_its_address_once_it_answers_and_ends_without_a_word(tmp_path, p
         process.send_signal(signal.SIGINT)
         assert (process.stdout.read(), process.wait()) == ("", 0)
         page.close()
-    wait_for(lambda: not servers(tmp_path), seconds=20)
+    wait_for(lambda: not processes_in(tmp_path), seconds=20)
 
 
 @pytest.mark.slow
 def test_a_server_that_is_stopped_before_it_answers_leaves_no_traceback(tmp_path, port):
     with start(tmp_path, port) as process:
-        wait_for(lambda: len(servers(tmp_path)) > 1, seconds=30)
+        wait_for(lambda: len(processes_in(tmp_path)) > 1, seconds=30)
         process.send_signal(signal.SIGINT)
         assert "Traceback" not in process.communicate()[0]
         assert process.returncode == 0
-    wait_for(lambda: not servers(tmp_path), seconds=20)
+    wait_for(lambda: not processes_in(tmp_path), seconds=20)

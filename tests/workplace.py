@@ -4,10 +4,13 @@ import contextlib
 import multiprocessing
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import psutil
 
 from remint.core import launch
 from tests.conftest import ROOT, write_tiny_model
@@ -108,6 +111,18 @@ def wait_for(happened, process=None, seconds=180, pause=0.02):
         assert process is None or process.poll() is None, "it ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(pause)
+
+
+def processes_in(root):
+    """Those at work in a folder, but for this one."""
+    return [p.pid for p in psutil.process_iter(["cwd"]) if p.info["cwd"] == str(root) and p.pid != os.getpid()]
+
+
+def free_port():
+    """A port of loopback that nobody listens on."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return str(bound.getsockname()[1])
 
 
 def clone(root, recipe, changes):

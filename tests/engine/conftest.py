@@ -2,12 +2,11 @@
 
 import os
 import shutil
-import socket
 import subprocess
 
 import pytest
 
-from tests.workplace import ARTEFACTS, STAGES, Workplace, with_tiny_model
+from tests.workplace import ARTEFACTS, STAGES, Workplace, free_port, with_tiny_model
 
 DOCKER = os.environ.get("DOCKER", "docker")
 ENGINE = {"RUNNER": "docker", "DOCKER": DOCKER, "REMINT_IMAGE": os.environ.get("REMINT_IMAGE", "remint")}
@@ -46,12 +45,6 @@ class Stack:
         self("down")
         for volume in ("db", "artifacts"):
             docker("volume", "rm", f"{self.name}_{volume}")
-
-
-def free_port():
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        return str(bound.getsockname()[1])
 
 
 def copy(outside, root, **variables):
