@@ -49,6 +49,10 @@ def stage_process(root, stage, log):
 @pytest.fixture(scope="module")
 def server():
     with imported(*PRELOADED, threads=2) as context:
+        # The first process waits for the imports; no test may take that for the time of a stage.
+        first = context.Process(target=int)
+        first.start()
+        first.join()
         yield context
 
 
