@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from safetensors.torch import save_file
 
 from remint import shards
 from remint.core.errors import ArtefactError, SettingsError, got, listed
 from remint.core.files import read_object
+from remint.libraries import LoraConfig
 from remint.manifest import dump_json
 from remint.qlora import Lora
 

@@ -7,10 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
-from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -18,6 +15,15 @@ from transformers.utils import logging as transformers_logging
 from remint.core import config
 from remint.core.errors import ArtefactError, RemintError, SettingsError, got, no_room, one_line, out_of_memory
 from remint.core.files import read_object
+from remint.libraries import (
+    Linear4bit,
+    LoraConfig,
+    Params4bit,
+    PeftModel,
+    dequantize_4bit,
+    get_peft_model,
+    quantize_4bit,
+)
 from remint.qlora import Lora, Quantization
 
 # A bar for each load of a model hides the bars that matter.
@@ -161,7 +167,7 @@ def quantize(model: nn.Module, settings: Quantization) -> None:
 
 def _linear_4bit(layer: nn.Linear, settings: Quantization) -> nn.Module:
     where, dtype = layer.weight.device, layer.weight.dtype
-    packed = bnb.nn.Linear4bit(
+    packed = Linear4bit(
         layer.in_features,
         layer.out_features,
         bias=layer.bias is not None,
@@ -170,7 +176,7 @@ def _linear_4bit(layer: nn.Linear, settings: Quantization) -> nn.Module:
         quant_type=settings.kind,
         device="meta",
     )
-    packed.weight = bnb.nn.Params4bit(
+    packed.weight = Params4bit(
         layer.weight.detach().clone(),
         requires_grad=False,
         blocksize=settings.block_size,

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from bitsandbytes.nn import Linear4bit
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from remint.libraries import Linear4bit, LoraLayer
 
 ATTENTION = "remint_documents"
 # Layers that read the same input: one dropout mask serves them all.

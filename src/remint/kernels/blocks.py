@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from remint.kernels import attention, ops
 from remint.kernels.groups import Group, Scratch
 from remint.kernels.layers import ATTENTION, MLP
+from remint.libraries import LoraLayer
 
 
 @dataclass(frozen=True)

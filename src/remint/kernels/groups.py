@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from remint.kernels import ops
+from remint.libraries import Linear4bit, LoraLayer
 
 
 @dataclass

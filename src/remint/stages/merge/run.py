@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 
 from remint import adapter, chat, determinism, manifest, modeling, provenance, shards
 from remint.core.config import Runtime
@@ -15,6 +14,7 @@ from remint.core.errors import ArtefactError
 from remint.core.files import read_object
 from remint.core.log import Log
 from remint.core.paths import Paths
+from remint.libraries import PeftModel
 from remint.packing import Document, encode
 from remint.qlora import Quantization
 from remint.stages.merge.card import card
