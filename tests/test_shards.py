@@ -78,6 +78,23 @@ def test_a_shard_is_rewritten_in_blocks_to_the_bytes_that_the_library_writes(tmp
     assert max(seen["b"]) == min(600, max(30, block // 30 * 30))
 
 
+def test_a_fault_in_one_piece_ends_the_rewriting(tmp_path, monkeypatch):
+    save_file({"a": torch.zeros(100_000, 2)}, tmp_path / "old", metadata={"format": "pt"})
+    monkeypatch.setattr(shards, "_BLOCK", 2)
+    seen = []
+
+    def failing(name, rows, part):
+        assert torch.get_num_threads() == 1
+        seen.append(rows)
+        raise ValueError(f"of {name}")
+
+    before = torch.get_num_threads()
+    with pytest.raises(ValueError, match="of a"):
+        shards.rewrite(tmp_path / "old", tmp_path / "new", failing, None, whole=lambda _: False)
+    assert torch.get_num_threads() == before
+    assert len(seen) < 100_000
+
+
 def test_a_damaged_shard_is_not_rewritten(tmp_path):
     write(tmp_path, {"a": tensor([3], 0, 16)})
     with pytest.raises(ArtefactError, match="no readable safetensors"):

@@ -3,7 +3,9 @@
 import contextlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -80,14 +82,16 @@ def rewrite(source: Path, target: Path, change: Change, dtype: torch.dtype | Non
     """Write the shard `source` anew with every tensor changed, in `dtype` or each tensor's own; returns the tensors' bytes.
 
     `change` takes a tensor's name, a range of its rows and these rows. It gets all of them at once if `whole` says so, else a few
-    megabytes: the library reads and writes whole tensors and shards. The bytes are those that it would write.
+    megabytes: the library reads and writes whole tensors and shards. The bytes are those that it would write. As many threads
+    as torch has read, change and write such pieces side by side, so that the cores are busy while the disk is.
     """
     with _opened(source):  # it has looked whether the header fits the file
         pass
     with source.open("rb", buffering=0) as old, target.open("wb", buffering=0) as new:
-        found = json.loads(_read(old, int.from_bytes(_read(old, 8), "little")))
+        size = int.from_bytes(_read(old, 8, 0), "little")
+        found = json.loads(_read(old, size, 8))
         found.pop("__metadata__", None)
-        data = old.tell()
+        data = 8 + size
         kinds = {name: _KINDS[dtype] if dtype else facts["dtype"] for name, facts in found.items()}
         order = sorted(found, key=lambda name: (_ORDER.index(kinds[name]), name))
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -97,16 +101,21 @@ def rewrite(source: Path, target: Path, change: Change, dtype: torch.dtype | Non
             header[name] = {"dtype": kinds[name], "shape": found[name]["shape"], "data_offsets": [start, end]}
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        _write(new, len(text).to_bytes(8, "little") + text)
-        for name in order:
-            old.seek(data + found[name]["data_offsets"][0])
-            (count, *rest), stored = found[name]["shape"], _DTYPES[found[name]["dtype"]]
-            step = count if whole(name) else max(1, _BLOCK // math.prod(rest))
-            for first in range(0, count, step):
-                rows = slice(first, min(count, first + step))
-                shape = (rows.stop - first, *rest)
-                block = torch.frombuffer(_read(old, math.prod(shape) * stored.itemsize), dtype=stored).view(shape)
-                _write(new, change(name, rows, block).contiguous().view(torch.uint8).numpy().data)
+        text = len(text).to_bytes(8, "little") + text
+        _write(new, text, 0)
+
+        def rewrite_rows(name: str, rows: slice) -> None:
+            shape, stored = found[name]["shape"], _DTYPES[found[name]["dtype"]]
+            width = math.prod(shape[1:])
+            start = data + found[name]["data_offsets"][0] + rows.start * width * stored.itemsize
+            raw = _read(old, (rows.stop - rows.start) * width * stored.itemsize, start)
+            block = torch.frombuffer(raw, dtype=stored).view(-1, *shape[1:])
+            place = header[name]["data_offsets"][0] + rows.start * width * _DTYPES[kinds[name]].itemsize
+            _write(new, change(name, rows, block).contiguous().view(torch.uint8).numpy().data, len(text) + place)
+
+        _side_by_side(
+            rewrite_rows, [(name, rows) for name in order for rows in _pieces(found[name]["shape"], whole(name))]
+        )
         return end
 
 
@@ -156,20 +165,41 @@ def name_shards(folder: Path, names: Sequence[Iterable[str]], total: int) -> Non
     (folder / INDEX).write_text(dump_json(index), encoding="utf-8")
 
 
-def _read(file: FileIO, size: int) -> bytearray:
-    """So many bytes of the file, which has them."""
+def _pieces(shape: Sequence[int], whole: bool) -> Iterator[slice]:
+    """Ranges of a tensor's rows that are worked on at a time."""
+    step = shape[0] if whole else max(1, _BLOCK // math.prod(shape[1:]))
+    for first in range(0, shape[0], step):
+        yield slice(first, min(shape[0], first + step))
+
+
+def _side_by_side(work: Callable[..., None], items: Iterable[tuple[Any, ...]]) -> None:
+    """`work` on each item, in as many threads as torch has, each of which computes alone."""
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        for done in [pool.submit(work, *item) for item in items]:
+            done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # this thread has them still; it is for those that begin later
+
+
+def _read(file: FileIO, size: int, start: int) -> torch.Tensor:
+    """So many bytes of the file, which has them, as uint8."""
     data = bytearray(size)
     left = memoryview(data)
     while left:
-        left = left[file.readinto(left) or 0 :]
+        count = os.preadv(file.fileno(), [left], start)
+        left, start = left[count:], start + count
     return data
 
 
-def _write(file: FileIO, data: Any) -> None:
+def _write(file: FileIO, data: Any, start: int) -> None:
     """All of the data: an unbuffered file may take a part of it at a time."""
     left = memoryview(data).cast("B")
     while left:
-        left = left[file.write(left) :]
+        count = os.pwrite(file.fileno(), left, start)
+        left, start = left[count:], start + count
 
 
 @contextlib.contextmanager
