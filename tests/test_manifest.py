@@ -25,6 +25,26 @@ def test_what_is_made_verifies(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
+def test_a_file_that_was_checked_where_it_comes_from_is_not_read_again(tmp_path, monkeypatch):
+    make(tmp_path / "x")
+    read = []
+    monkeypatch.setattr(
+        manifest, "file_digest", lambda path, real=manifest.file_digest: read.append(path) or real(path)
+    )
+    found = manifest.checked(tmp_path / "x", "thing")
+    assert [path.name for path in read] == ["a.txt", "manifest.json"]
+    read.clear()
+    with manifest.artefact(tmp_path / "y", "thing", known := {}) as (draft, facts):
+        for path, entry in found.items():
+            linked = draft / path.relative_to(tmp_path / "x")
+            linked.parent.mkdir(exist_ok=True)
+            os.link(path, linked)
+            known[path.relative_to(tmp_path / "x").as_posix()] = entry
+        facts["number"] = 1
+    assert read == []
+    assert (tmp_path / "y/manifest.json").read_bytes() == (tmp_path / "x/manifest.json").read_bytes()
+
+
 def test_a_failure_leaves_the_old_one(tmp_path):
     make(tmp_path / "x", "old")
     with pytest.raises(RuntimeError), manifest.artefact(tmp_path / "x", "thing") as (draft, _):

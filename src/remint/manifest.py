@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from remint.core.errors import ArtefactError, got, listed, no_right, no_room
@@ -15,6 +16,8 @@ from remint.core.files import is_inside, read_object
 from remint.core.lock import held
 
 NAME = "manifest.json"
+# What a manifest says of a file: {"bytes": …, "sha256": …}.
+Entry = Mapping[str, Any]
 _FORMAT = 2
 # Files hashed at the same time: hashlib lets other threads run, and one core hashes more slowly than most disks read.
 _AT_ONCE = min(8, os.cpu_count() or 1)
@@ -47,8 +50,12 @@ def file_digest(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def artefact(target: Path, kind: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+def artefact(
+    target: Path, kind: str, known: Mapping[str, Entry] = MappingProxyType({})
+) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Give a new folder to fill and a dict of facts for its manifest; on success it becomes `target`, else it vanishes.
+
+    `known` may be filled meanwhile with what `checked` has found in files that are now linked there.
 
     Raises ArtefactError when the disk is full, the place cannot be written, another process is at it, or something
     lies there that is no artefact; `target` then stays as it was.
@@ -60,7 +67,7 @@ def artefact(target: Path, kind: str) -> Iterator[tuple[Path, dict[str, Any]]]:
         target.parent.mkdir(parents=True, exist_ok=True)
         with held(target.parent / f".{target.name}.lock", f"is making {target}"), _fresh(draft):
             yield draft, facts
-            write(draft, kind, facts)
+            write(draft, kind, facts, known)
             _sync_tree(draft)
             _replace(draft, target)
     except Exception as error:  # safetensors and tokenizers tell a full disk by errors of their own
@@ -70,17 +77,21 @@ def artefact(target: Path, kind: str) -> Iterator[tuple[Path, dict[str, Any]]]:
         raise told from error
 
 
-def write(folder: Path, kind: str, facts: Mapping[str, Any]) -> None:
-    """Write the folder's manifest: its kind, its facts, size and sha256 of every file in it, and its own sha256."""
-    files = {name: found for name, found in inventory(folder).items() if name != NAME}
+def write(folder: Path, kind: str, facts: Mapping[str, Any], known: Mapping[str, Entry] = MappingProxyType({})) -> None:
+    """Write the folder's manifest: its kind, its facts, size and sha256 of every file in it, and its own sha256.
+
+    Files that are `known`, by their names from there, are not read again.
+    """
+    files = {name: found for name, found in inventory(folder, known).items() if name != NAME}
     content = {"format": _FORMAT, "kind": kind, "facts": dict(facts), "files": files}
     (folder / NAME).write_text(dump_json(content | {"sha256": digest(content)}), encoding="utf-8")
 
 
-def inventory(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and sha256 of every file under a folder, by its name from there: {'bytes': …, 'sha256': …}."""
-    described = _described(sorted(path for path in folder.rglob("*") if path.is_file()))
-    return {path.relative_to(folder).as_posix(): found for path, found in described.items()}
+def inventory(folder: Path, known: Mapping[str, Entry] = MappingProxyType({})) -> dict[str, Entry]:
+    """Size and sha256 of every file under a folder, by its name from there; those that are `known` are not read."""
+    names = {path: path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()}
+    found = described(path for path, name in names.items() if name not in known)
+    return {name: found[path] if path in found else known[name] for path, name in names.items()}
 
 
 def read(folder: Path, kind: str) -> dict[str, Any]:
@@ -90,11 +101,20 @@ def read(folder: Path, kind: str) -> dict[str, Any]:
 
 def verify(folder: Path, kind: str) -> dict[str, Any]:
     """The facts of an artefact after every file of it was checked. Raises ArtefactError naming each file at fault."""
+    return _verified(folder, kind)["facts"]
+
+
+def checked(folder: Path, kind: str) -> dict[Path, Entry]:
+    """Size and sha256 of each file of an artefact after it was checked. Raises ArtefactError naming each file at fault."""
+    return {folder / name: found for name, found in _verified(folder, kind)["files"].items()}
+
+
+def _verified(folder: Path, kind: str) -> dict[str, Any]:
     content = _load(folder, kind)
     faults = list(differences(folder, content["files"]))
     if faults:
         raise ArtefactError(*listed(f"{fault}; `dvc repro` makes it again" for fault in faults))
-    return content["facts"]
+    return content
 
 
 def identity(folder: Path, kind: str) -> str:
@@ -102,33 +122,33 @@ def identity(folder: Path, kind: str) -> str:
     return digest(_load(folder, kind))
 
 
-def differences(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+def differences(folder: Path, files: Mapping[str, Entry]) -> Iterator[str]:
     """Say for each file how it differs from what is recorded: missing, other content, not recorded."""
     paths = {name: folder / name for name in files}
-    described = _described(path for path in paths.values() if path.is_file() and not path.is_symlink())
+    present = described(path for path in paths.values() if path.is_file() and not path.is_symlink())
     for name, recorded in files.items():
         path = paths[name]
         if path.is_symlink():
             yield f"{path}: is a link to elsewhere; set DVC's cache.type to reflink,copy"
-        elif path not in described:
+        elif path not in present:
             yield f"{path}: missing, recorded are {_told(recorded)}"
-        elif (found := described[path]) != recorded:
+        elif (found := present[path]) != recorded:
             yield f"{path}: content differs, {_told(found)} instead of {_told(recorded)}"
-    present = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    surplus = _described(present[name] for name in sorted(present.keys() - set(files) - {NAME}))
+    all_files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    surplus = described(all_files[name] for name in sorted(all_files.keys() - set(files) - {NAME}))
     for path, found in surplus.items():
         yield f"{path}: is not part of the artefact, {_told(found)}"
 
 
-def _described(paths: Iterable[Path]) -> dict[Path, dict[str, Any]]:
+def described(paths: Iterable[Path]) -> dict[Path, Entry]:
     """Size and sha256 of each file, in their order."""
-    known = list(paths)
+    files = list(paths)
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        digests = list(pool.map(file_digest, known))
-    return {path: {"bytes": path.stat().st_size, "sha256": found} for path, found in zip(known, digests, strict=True)}
+        digests = list(pool.map(file_digest, files))
+    return {path: {"bytes": path.stat().st_size, "sha256": found} for path, found in zip(files, digests, strict=True)}
 
 
-def _told(facts: Mapping[str, Any]) -> str:
+def _told(facts: Entry) -> str:
     return f"{facts['bytes']} bytes of sha256 {facts['sha256'][:12]}…"
 
 

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -345,9 +346,47 @@ def test_a_loss_that_is_no_number_stops_before_the_update(paths, monkeypatch):
     monkeypatch.setattr(
         SupervisedLoss, "forward", lambda self, **kw: forward(self, **kw) * (math.nan if self.training else 1)
     )
+    sessions, before = [], []
+
+    def opened(*arguments, open_=run._open):
+        sessions.append(open_(*arguments))
+        before.extend(p.detach().clone() for p in sessions[0].model.parameters())
+        return sessions[0]
+
+    monkeypatch.setattr(run, "_open", opened)
     with pytest.raises(RemintError, match="step 1: the loss is no finite number"):
         train(paths)
     assert not paths.checkpoint.exists()
+    assert all(map(torch.equal, before, sessions[0].model.parameters()))
+    for state in sessions[0].optimizer.state.values():
+        assert state["step"] == 0
+        assert not state["exp_avg"].any()
+
+
+def test_a_gpu_gets_a_step_before_the_last_ones_numbers_are_looked_at(monkeypatch):
+    class Copied:
+        def __init__(self, step, lr, numbers):
+            self.step = step
+
+        def finished(self, is_latest):
+            return loop.Finished(self.step, 0.0, 0.0, 0.0, is_latest)
+
+    told = []
+
+    def steps(on_gpu):
+        told.clear()
+        watcher = SimpleNamespace(
+            awaits=lambda step: step == 3, record=lambda done: told.append((step, done.step, done.is_latest))
+        )
+        hooks = loop._Hooks(0, 0, watcher)
+        hooks.trainer = SimpleNamespace(numbers=SimpleNamespace(is_cuda=on_gpu))
+        for step in range(1, 6):
+            hooks.on_step_end(None, SimpleNamespace(global_step=step), None)
+        return told
+
+    monkeypatch.setattr(loop, "_Numbers", Copied)
+    assert steps(on_gpu=True) == [(2, 1, False), (3, 2, False), (3, 3, True), (5, 4, False)]
+    assert steps(on_gpu=False) == [(step, step, True) for step in range(1, 6)]
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

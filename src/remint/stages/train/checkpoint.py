@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,39 +40,60 @@ def saved_steps(root: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("step-")) for path in root.glob(f"step-{'[0-9]' * 8}"))
 
 
-def save(root: Path, checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:
-    """Write one checkpoint, once a step: it appears whole under its final name or not at all.
+class Draft:
+    """A checkpoint whose tensors a thread writes, while what was recorded is still being made. The tensors must not change.
 
-    Raises ArtefactError on a full disk.
+    One that is not finished is swept up when the store is next read.
     """
-    tensors = save_tensors(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(checkpoint.tensors.items())}
-    )
-    state = manifest.dump_json(checkpoint.state).encode()
-    need = len(tensors) + len(state) + _SLACK_BYTES
-    draft = root / f".draft-{checkpoint.step:08d}"
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        if (free := shutil.disk_usage(root).free) < need:
-            raise _full(root, checkpoint.step, need - free)
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir()
-        (draft / _TENSORS).write_bytes(tensors)
-        (draft / _STATE).write_bytes(state)
-        manifest.write(draft, KIND, {"step": checkpoint.step, "identity": dict(identity)})
-        for path in [*draft.iterdir(), draft]:
-            manifest.sync(path)
-        draft.rename(root / folder_name(checkpoint.step))
-        manifest.sync(root)
-    except OSError as error:
-        shutil.rmtree(draft, ignore_errors=True)
-        if no_room(error):
-            raise _full(root, checkpoint.step, need) from error
-        if no_right(error):
-            raise ArtefactError(
-                f"{root}: cannot be written ({error.strerror}); make it writable and run again"
-            ) from error
-        raise
+
+    def __init__(self, root: Path, step: int, tensors: Mapping[str, torch.Tensor]):
+        self._root, self._step = root, step
+        self._folder = root / f".draft-{step:08d}"
+        self._pool = ThreadPoolExecutor(1)
+        self._written = self._pool.submit(self._write, tensors)
+        self._pool.shutdown(wait=False)
+
+    def finish(self, state: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+        """Write the rest: the checkpoint appears whole under its final name or not at all.
+
+        Raises ArtefactError on a full disk.
+        """
+        try:
+            known = {_TENSORS: self._written.result()}
+            (self._folder / _STATE).write_bytes(manifest.dump_json(state).encode())
+            manifest.write(self._folder, KIND, {"step": self._step, "identity": dict(identity)}, known)
+            for path in [*self._folder.iterdir(), self._folder]:
+                if path.name != _TENSORS:
+                    manifest.sync(path)
+            self._folder.rename(self._root / folder_name(self._step))
+            manifest.sync(self._root)
+        except OSError as error:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            if no_room(error):
+                raise _full(self._root, self._step) from error
+            if no_right(error):
+                raise ArtefactError(
+                    f"{self._root}: cannot be written ({error.strerror}); make it writable and run again"
+                ) from error
+            raise
+
+    def _write(self, given: Mapping[str, torch.Tensor]) -> manifest.Entry:
+        tensors = save_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in sorted(given.items())})
+        self._root.mkdir(parents=True, exist_ok=True)
+        need = len(tensors) + _SLACK_BYTES
+        if (free := shutil.disk_usage(self._root).free) < need:
+            raise _full(self._root, self._step, need - free)
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.mkdir()
+        path = self._folder / _TENSORS
+        path.write_bytes(tensors)
+        manifest.sync(path)
+        return manifest.described([path])[path]
+
+
+def save(root: Path, checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:
+    """Write one checkpoint, once a step. Raises ArtefactError on a full disk."""
+    Draft(root, checkpoint.step, checkpoint.tensors).finish(checkpoint.state, identity)
 
 
 def prune(root: Path, keep: set[int]) -> None:
@@ -93,11 +115,16 @@ def discard(root: Path) -> None:
         shutil.rmtree(hidden)
 
 
-def check(root: Path) -> None:
-    """Raise ArtefactError if any checkpoint is damaged, also one that no run continues from any more."""
+def check(root: Path) -> dict[Path, manifest.Entry]:
+    """What the files of all checkpoints hold, also of those that no run continues from any more.
+
+    Raises ArtefactError if one is damaged.
+    """
+    found: dict[Path, manifest.Entry] = {}
     try:
         for step in saved_steps(root):
-            manifest.verify(root / folder_name(step), KIND)
+            found |= manifest.checked(root / folder_name(step), KIND)
+        return found
     except ArtefactError as error:
         raise ArtefactError(f"{error.faults[0].partition(';')[0]}; remove {root} to start anew") from None
 
@@ -158,8 +185,8 @@ def _check_identity(folder: Path, recorded: Mapping[str, Any], present: Mapping[
         raise ArtefactError(*faults)
 
 
-def _full(root: Path, step: int, need: int) -> ArtefactError:
+def _full(root: Path, step: int, need: int | None = None) -> ArtefactError:
+    more = f", {need / 2**20:.0f} MiB more are needed" if need is not None else ""
     return ArtefactError(
-        f"{root}: no room for the checkpoint of step {step}, {need / 2**20:.0f} MiB more are needed; free space and run again, "
-        "earlier checkpoints are intact"
+        f"{root}: no room for the checkpoint of step {step}{more}; free space and run again, earlier checkpoints are intact"
     )

@@ -1,10 +1,12 @@
 """transformers' Trainer as the loop: our batches and loss go in, every finished step comes out as a call."""
 
 import contextlib
+import math
 import os
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -22,18 +24,59 @@ from remint.stages.train.settings import Train
 
 @dataclass(frozen=True)
 class Finished:
-    """One optimizer step's numbers; `step` counts from 1, loss is nats per supervised token."""
+    """One optimizer step's numbers; `step` counts from 1, loss is nats per supervised token.
+
+    `is_latest`: no later step has begun, so the weights are those that it left.
+    """
 
     step: int
     loss: float
     lr: float
     grad_norm: float
+    is_latest: bool
+
+
+class Watcher(Protocol):
+    """Who is told of the steps."""
+
+    def awaits(self, step: int) -> bool:
+        """Whether the next step is to wait until `record` was called for this one."""
+
+    def record(self, finished: Finished) -> None:
+        """Note a step; each comes once, in order. May raise, which ends the training."""
+
+
+class _Numbers:
+    """Loss and gradient norm of a step on their way to the host, which need not wait for them."""
+
+    def __init__(self, step: int, lr: float, numbers: torch.Tensor):
+        self.step, self.lr = step, lr
+        self._numbers = numbers.to("cpu", non_blocking=True)
+        self._copied = torch.cuda.Event() if numbers.is_cuda else None
+        if self._copied:
+            self._copied.record()
+
+    def finished(self, is_latest: bool) -> Finished:
+        """Wait for them. Raises RemintError if one is no finite number."""
+        if self._copied:
+            self._copied.synchronize()
+        loss, norm = self._numbers.tolist()
+        for name, value in (("loss", loss), ("gradient norm", norm)):
+            if not math.isfinite(value):
+                raise RemintError(
+                    f"train: step {self.step}: the {name} is no finite number, got {value}; lower train.lr or use precision "
+                    "float32; that step changed nothing, and the last checkpoint is good"
+                )
+        return Finished(self.step, loss, self.lr, norm, is_latest)
 
 
 class WeightedTrainer(Trainer):
     """Trainer whose loss is a sum times a weight that the batch brings, and whose step a group of processes may share."""
 
     step_loss: torch.Tensor | None = None
+    numbers: torch.Tensor
+    trained: Sequence[torch.nn.Parameter]
+    bare_optimizer: torch.optim.Optimizer
     group: Group
     batches: Batches
     total: StepSum
@@ -47,6 +90,18 @@ class WeightedTrainer(Trainer):
         loss = model(**inputs) * weight
         self.step_loss = loss.detach() if self.step_loss is None else self.step_loss + loss.detach()
         return loss
+
+    def _clip_grad_norm(self, model: Any) -> torch.Tensor:
+        """Clip; and where loss or norm is no finite number, have the optimizer leave everything as it is.
+
+        The device decides about that: to ask it would let it run dry.
+        """
+        norm: torch.Tensor = self.accelerator.clip_grad_norm_(self.trained, self.args.max_grad_norm)
+        assert self.step_loss is not None
+        self.numbers = torch.stack([self.step_loss, norm])
+        if self.accelerator.scaler is None:  # which would do the same
+            self.bare_optimizer.found_inf = 1 - self.numbers.isfinite().all().float()  # type: ignore[attr-defined]
+        return norm
 
     def begin_step(self, seed: int) -> None:
         """Start from the random state in which one process would compute this one's first micro-batch."""
@@ -75,10 +130,15 @@ class WeightedTrainer(Trainer):
 
 
 class _Hooks(TrainerCallback):
-    """Seeds each step, refuses an update that is not finite, reports each step."""
+    """Seeds each step, tells the watcher of each.
 
-    def __init__(self, seed: int, first_step: int, on_step: Callable[[Finished], None]):
-        self.seed, self.first_step, self.on_step = seed, first_step, on_step
+    A GPU gets its next step before the last one's numbers are looked at, unless the watcher waits for them.
+    """
+
+    def __init__(self, seed: int, first_step: int, watcher: Watcher):
+        self.seed, self.first_step, self.watcher = seed, first_step, watcher
+        self.pending: deque[_Numbers] = deque()
+        self.lr = 0.0
         self.trainer: WeightedTrainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -88,21 +148,14 @@ class _Hooks(TrainerCallback):
         self.trainer.begin_step(self.seed)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        assert self.trainer.step_loss is not None
-        gradients = [p.grad for p in self.trainer.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        for name, value in (("loss", self.trainer.step_loss), ("gradient norm", norm)):
-            if not torch.isfinite(value):
-                raise RemintError(
-                    f"train: step {state.global_step + 1}: the {name} is no finite number, got {value.item()}; lower train.lr "
-                    "or use precision float32; nothing was updated, and the last checkpoint is good"
-                )
+        self.lr = self.trainer.lr_scheduler.get_last_lr()[0]
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if logs is not None and "learning_rate" in logs:
-            assert self.trainer.step_loss is not None
-            loss = self.trainer.step_loss.item()
-            self.on_step(Finished(state.global_step, loss, logs["learning_rate"], logs["grad_norm"]))
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        numbers = self.trainer.numbers
+        self.pending.append(_Numbers(state.global_step, self.lr, numbers))
+        left = 1 if numbers.is_cuda and not self.watcher.awaits(state.global_step) else 0
+        while len(self.pending) > left:
+            self.watcher.record(self.pending.popleft().finished(is_latest=not self.pending))
 
 
 def workers() -> int:
@@ -120,13 +173,15 @@ def train_steps(
     batches: Batches,
     settings: Train,
     seed: int,
-    on_step: Callable[[Finished], None],
+    watcher: Watcher,
     group: Group,
 ) -> None:
-    """Run the optimizer steps that `batches` still holds; `on_step` is called after each and may raise to stop."""
+    """Run the optimizer steps that `batches` still holds. The watcher has to await the last one."""
     if not len(batches):
         return
-    hooks = _Hooks(seed, batches.first_step, on_step)
+    hooks = _Hooks(seed, batches.first_step, watcher)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    on_gpu = trained[0].is_cuda
     arguments = TrainingArguments(
         output_dir=str(SCRATCH),  # nothing is saved by the Trainer, but it makes this folder
         per_device_train_batch_size=1,  # one item of the data set is a whole micro-batch
@@ -134,16 +189,16 @@ def train_steps(
         max_steps=batches.plan.steps,
         max_grad_norm=settings.clip_norm,
         train_sampling_strategy="sequential",
-        logging_strategy="steps",
-        logging_steps=1,
+        logging_strategy="no",
         logging_nan_inf_filter=False,
         save_strategy="no",
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
-        dataloader_pin_memory=False,
+        dataloader_pin_memory=on_gpu,
         dataloader_num_workers=workers(),
-        use_cpu=next(model.parameters()).device.type == "cpu",
+        accelerator_config={"non_blocking": on_gpu},
+        use_cpu=not on_gpu,
         seed=seed,
         bf16=settings.precision == "bfloat16",
         fp16=settings.precision == "float16",
@@ -158,9 +213,9 @@ def train_steps(
         optimizers=(optimizer, scheduler),
         callbacks=[hooks],
     )
-    trainer.group, trainer.batches = group, batches
+    trainer.group, trainer.batches, trainer.trained, trainer.bare_optimizer = group, batches, trained, optimizer
     if group.size > 1:
-        trainer.total = StepSum(group, [p for p in model.parameters() if p.requires_grad])
+        trainer.total = StepSum(group, trained)
     trainer.loss_is_scaled_for_ga = True
     trainer.remove_callback(PrinterCallback)
     hooks.trainer = trainer

@@ -62,7 +62,7 @@ def run(
                 session.batches(done),
                 train,
                 seed,
-                session.record,
+                session,
                 group,
             )
         finally:
@@ -149,11 +149,16 @@ def _only_writer(scratch: Path, resume: bool) -> Iterator[None]:
 def _publish(session: Session, target: Path, origin: dict[str, Any], made_by: dict[str, Any]) -> None:
     """Turn what the run has saved into the artefact; the steps are linked, not copied, where the disk allows it."""
     recorded = session.recorded
-    checkpoint.check(session.store)
-    with manifest.artefact(target, "checkpoint") as (draft, facts):
+    checked = checkpoint.check(session.store)
+    known: dict[str, manifest.Entry] = {}
+    with manifest.artefact(target, "checkpoint", known) as (draft, facts):
         for step in checkpoint.saved_steps(session.store):
             name = checkpoint.folder_name(step)
             shutil.copytree(session.store / name, draft / name, copy_function=_link)
+        for path, found in checked.items():
+            linked = path.relative_to(session.store)
+            if path.samefile(draft / linked):
+                known[linked.as_posix()] = found
         for name, rows in (("history.jsonl", recorded.history), ("samples.jsonl", recorded.samples)):
             lines = (json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows)
             (draft / name).write_text("".join(lines), encoding="utf-8")

@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from tqdm import tqdm
 
 from remint.chat import Conversation
 from remint.core.errors import ArtefactError, Stopped, visible
 from remint.core.log import Log
 from remint.generation import answer_all
+from remint.libraries import get_peft_model_state_dict, set_peft_model_state_dict
 from remint.loss import SupervisedLoss, mean_loss
 from remint.packing import Document
 from remint.stages.train import checkpoint
-from remint.stages.train.checkpoint import Checkpoint
+from remint.stages.train.checkpoint import Draft
 from remint.stages.train.group import Group
 from remint.stages.train.loop import Finished
 from remint.stages.train.plan import Batches, Plan, lr_factor
@@ -37,7 +37,7 @@ class Recorded:
 
 @dataclass
 class Session:
-    """The moving parts of a run. `record` is called after every optimizer step."""
+    """The moving parts of a run, and the `Watcher` of its steps."""
 
     model: SupervisedLoss
     tokenizer: Any
@@ -123,6 +123,10 @@ class Session:
             self._measure({"step": 0})
         self.started = time.monotonic()
 
+    def awaits(self, step: int) -> bool:
+        """Whether this step's weights are measured or saved, or a signal came: then nothing may change them before."""
+        return bool(self.group.agreed(len(self.signals))) or self._is_due(step)
+
     def record(self, finished: Finished) -> None:
         """Note one step; measure, sample and save where it is due; stop here if a signal came."""
         row = {"step": finished.step, "loss": finished.loss, "lr": finished.lr, "grad_norm": finished.grad_norm}
@@ -133,11 +137,15 @@ class Session:
         self.bar.update()
         self.log({"tokens_per_second": speed}, finished.step)
         last = finished.step == self.plan.steps
+        # The largest part of a checkpoint is written while its losses and answers are computed.
+        draft = self._draft(finished.step) if self._is_due(finished.step) else None
         (self._measure if last or finished.step % self.train.eval_steps == 0 else self._note)(row)
-        signal = self.group.agreed(self.signals[0] if self.signals else 0)
+        signal = self.group.agreed(self.signals[0] if self.signals else 0) if finished.is_latest else 0
         stopping = bool(signal) and not last
-        if self.group.leads and (stopping or self._is_due(finished.step)):
-            self._save(finished.step)
+        if stopping and draft is None:
+            draft = self._draft(finished.step)
+        if draft:
+            self._finish(draft, finished.step)
         if stopping:
             raise Stopped(f"train: stopped after step {finished.step}; the same command continues there", 128 + signal)
         self.started = time.monotonic()
@@ -184,12 +192,17 @@ class Session:
         """Whether a run that nobody stops would save this step."""
         return step == self.plan.steps or not step % self.train.eval_steps or not step % self.train.save_steps
 
-    def _save(self, step: int) -> None:
+    def _draft(self, step: int) -> Draft | None:
+        if not self.group.leads:
+            return None
         adapter = get_peft_model_state_dict(self.model.model)
         tensors = {f"adapter.{name}": tensor for name, tensor in adapter.items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{key}": tensor for key, tensor in state.items()}
-        checkpoint.save(self.store, Checkpoint(step, tensors, vars(self.recorded)), self.identity)
+        return Draft(self.store, step, tensors)
+
+    def _finish(self, draft: Draft, step: int) -> None:
+        draft.finish(vars(self.recorded), self.identity)
         # What is kept must not tell where a run was stopped: it becomes part of the artefact.
         newest = [saved for saved in checkpoint.saved_steps(self.store) if self._is_due(saved)]
         checkpoint.prune(self.store, {*newest[-self.train.keep_checkpoints :], step, self.recorded.best_step or step})
