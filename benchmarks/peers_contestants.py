@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from peers_job import IGNORED, Channel, Clock, Job, load
+from peers_job import IGNORED, Channel, Clock, DeviceClock, Job, load
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,11 +34,9 @@ def main() -> None:
     on_gpu = job.device == "cuda"
     torch.manual_seed(job.seed)
 
-    def wait() -> None:
-        if on_gpu:
-            torch.cuda.synchronize()
-
-    versions = FUNCTIONS[function](job, settings, folder, Clock(channel, wait))
+    clock = DeviceClock(channel) if on_gpu else Clock(channel)
+    versions = FUNCTIONS[function](job, settings, folder, clock)
+    clock.close()
     peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     channel.say("done", peak=peak, versions=versions)
 
@@ -92,16 +90,24 @@ def remint(job: Job, settings: dict[str, Any], folder: Path, clock: Clock) -> di
     documents = [document(ids, [label != IGNORED for label in labels]) for ids, labels in job.documents]
     batches = Batches(documents, make_plan([len(d.ids) for d in documents], train, job.seed), 0)
 
-    def on_step(finished: Finished) -> None:
-        step = finished.step - 1
-        sizes = [[len(documents[i].ids) for i in row] for batch in batches.plan.of_step(step) for row in batch]
-        places = len(sizes) * max(map(sum, sizes))
-        clock.end_step(batches.tokens(step), batches.learned(step), places)
+    steps = iter(range(batches.plan.steps))
 
+    def on_step(*_: Any) -> None:
+        step = next(steps)
+        sizes = [[len(documents[i].ids) for i in row] for batch in batches.plan.of_step(step) for row in batch]
+        clock.end_step([batches.tokens(step), batches.learned(step), len(sizes) * max(map(sum, sizes))])
+
+    class Nobody:
+        def awaits(self, step: int) -> bool:
+            return step == batches.plan.steps
+
+        def record(self, finished: Finished) -> None: ...
+
+    optimizer.register_step_post_hook(on_step)
     _forget(job)
     clock.begin()
     constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    train_steps(loss_of, optimizer, constant, batches, train, job.seed, on_step, Group(0, 1))
+    train_steps(loss_of, optimizer, constant, batches, train, job.seed, Nobody(), Group(0, 1))
     loss_of.model.save_pretrained(folder)
     return _versions("torch", "transformers", "peft", "bitsandbytes")
 
@@ -301,9 +307,8 @@ def _watch(job: Job, clock: Clock) -> Any:
             self.counts.append(torch.stack([(ids != job.pad).sum(), (labels != IGNORED).sum(), places]))
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            counts = torch.stack(self.counts).sum(0).tolist()
+            clock.end_step(torch.stack(self.counts).sum(0))
             self.counts.clear()
-            clock.end_step(*counts)
 
     return Watch()
 

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -72,26 +72,62 @@ class Channel:
 class Clock:
     """Times the steps of one contestant. A step lasts from the turn to its end, so making the batch is a part of it."""
 
-    def __init__(self, channel: Channel, wait: Callable[[], None]):
-        """`wait` returns when the device has finished what it was given."""
-        self._channel, self._wait = channel, wait
+    def __init__(self, channel: Channel):
+        self._channel = channel
 
     def begin(self) -> None:
         """Everything is loaded: the first step comes next."""
-        self._wait()
         self._channel.say("ready")
         self._next()
 
-    def end_step(self, tokens: int, learned: int, places: int) -> None:
-        """A step over so many tokens has ended, `learned` of them with a target, in batches with room for `places`."""
-        self._wait()
-        seconds = time.monotonic() - self._started
-        self._channel.say("step", seconds=seconds, tokens=tokens, learned=learned, places=places)
+    def end_step(self, counts: Iterable[Any]) -> None:
+        """A step has ended, over so many tokens, learned ones among them, and places for tokens in its batches."""
+        self._say(time.monotonic() - self._started, counts)
         self._next()
+
+    def close(self) -> None:
+        """Nothing comes any more."""
+
+    def _say(self, seconds: float, counts: Iterable[Any]) -> None:
+        tokens, learned, places = map(int, counts)
+        self._channel.say("step", seconds=seconds, tokens=tokens, learned=learned, places=places)
 
     def _next(self) -> None:
         self._channel.turn()
         self._started = time.monotonic()
+
+
+class DeviceClock(Clock):
+    """For a GPU, which a contestant has for itself: it runs on without a pause, and what its steps took is told afterwards.
+
+    To ask after each step would make the GPU wait for whoever gives it the next one in time.
+    """
+
+    def begin(self) -> None:
+        """Everything is loaded: the first step comes next."""
+        self._steps: list[tuple[Any, Iterable[Any]]] = []
+        super().begin()
+        self._first = self._mark()
+
+    def end_step(self, counts: Iterable[Any]) -> None:
+        """A step was given to the GPU."""
+        self._steps.append((self._mark(), counts))
+
+    def close(self) -> None:
+        """Tell of all steps."""
+        before = self._first
+        for mark, counts in self._steps:
+            mark.synchronize()
+            self._say(before.elapsed_time(mark) / 1000, counts)
+            self._next()
+            before = mark
+
+    def _mark(self) -> Any:
+        import torch
+
+        mark = torch.cuda.Event(enable_timing=True)
+        mark.record()
+        return mark
 
 
 def steady(steps: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:

@@ -161,9 +161,9 @@ def write_sentencepiece(
     model.normalizer_spec.remove_extra_whitespaces = False
     unnamed = [f"[UNUSED_TOKEN_{number}]" for number in range(len(markers))]
     kinds = {"<unk>": 2, "<s>": 3, "</s>": 3, **dict.fromkeys((f"<0x{byte:02X}>" for byte in range(256)), 6)}
+    scores = {piece: -float(number) for number, piece in enumerate(pieces)}
     for piece in [*kinds, *pieces, *unnamed]:
-        score = -float(pieces.index(piece)) if piece in pieces else 0.0
-        model.pieces.add(piece=piece, score=score, type=kinds.get(piece, 1))
+        model.pieces.add(piece=piece, score=scores.get(piece, 0.0), type=kinds.get(piece, 1))
     (folder / "tokenizer.model").write_bytes(model.SerializeToString(deterministic=True))
     first = len(model.pieces) - len(markers)
     named = {0: "<unk>", 1: "<s>", 2: "</s>", **dict(enumerate(markers, first))}

@@ -1,0 +1,189 @@
+"""How long the tutorial's whole job takes: every stage by its command, on random weights in InternLM2-chat-1.8B's own layout.
+
+    python benchmarks/tutorial.py --recipe internlm2-80gb --again 2
+
+80 identity records × 100 and no others, 3 epochs, as the tutorial has it. Nothing is learned from random weights that could
+be judged; what is timed does not depend on their values. Each stage is timed from its process's start to its end. `train`
+runs first with empty compile caches and then `--again` times with full ones, and has to leave the same adapter each time.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
+PLACE = ROOT / ".scratch" / "bench" / "tutorial"
+MODEL = "internlm2-chat-1.8b"
+RECORDS = 80
+CONFIG = {
+    "model_type": "internlm2",
+    "vocab_size": 92544,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1000000,
+    "rope_scaling": {"type": "dynamic", "factor": 2.0},
+    "hidden_act": "silu",
+    "bias": False,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+}
+MARKERS = ("<|plugin|>", "<|interpreter|>", "<|action_end|>", "<|action_start|>", "<|im_end|>", "<|im_start|>")
+# Random weights round to bfloat16 less kindly than trained ones: merge's proof would refuse them.
+SETTINGS = {"merge": ["merge.dtype=float32"], "eval_chat": ["eval_chat.max_new_tokens=16"]}
+STAGES = ("replicate_data", "stage_base", "train", "convert", "merge", "eval_chat")
+
+
+def main() -> None:
+    """Make the base, run the stages, print a table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--recipe", default="internlm2-80gb")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--again", type=int, default=1, help="how often `train` runs with full caches")
+    parser.add_argument("--layers", type=int, default=24, help="fewer make a smaller base, to try the script")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="other settings, like train.micro_batch=8")
+    options = parser.parse_args()
+    prepare(options.recipe, options.layers)
+    print("| stage | seconds | |\n|---|---|---|", flush=True)
+    for stage in options.stages:
+        given = [*SETTINGS.get(stage, []), *(s for s in options.settings if s.startswith((f"{stage}.", "runtime.")))]
+        if stage != "train":
+            row(f"`{stage}`", run(stage, given), facts(stage))
+            continue
+        shutil.rmtree(PLACE / "triton", ignore_errors=True)
+        row("`train`, nothing compiled yet", run(stage, given), adapter())
+        for _ in range(options.again):
+            shutil.rmtree(PLACE / "data" / "checkpoint")
+            row("`train`, compiled before", run(stage, given), adapter())
+
+
+def row(name: str, seconds: float, told: str) -> None:
+    """A line of the table."""
+    print(f"| {name} | {seconds:.1f} | {told} |", flush=True)
+
+
+def prepare(recipe: str, layers: int) -> None:
+    """A folder in which the stages find what they declare: settings, sources, code, the base in its own layout."""
+    from remint import manifest
+
+    shutil.rmtree(PLACE, ignore_errors=True)
+    (PLACE / "data").mkdir(parents=True)
+    for name in ("src", "docker", "dvc.yaml"):
+        (PLACE / name).symlink_to(ROOT / name)
+    shutil.copytree(ROOT / "conf", PLACE / "conf")
+    shutil.copytree(ROOT / "data" / "source", PLACE / "data" / "source")
+    identity = json.loads((PLACE / "data/source/identity.json").read_text(encoding="utf-8"))[:RECORDS]
+    (PLACE / "data/source/identity.json").write_text(json.dumps(identity, ensure_ascii=False), encoding="utf-8")
+    base = PLACE / "internlm2-chat-1_8b"
+    write_base(base, {**CONFIG, "num_hidden_layers": layers})
+    text = (ROOT / "conf" / "recipe" / f"{recipe}.yaml").read_text(encoding="utf-8")
+    assert f"model: {MODEL} " in text, "the recipe's base must be InternLM2-chat-1.8B"
+    text = text.replace("control: [data/source/control.json]", "control: []")
+    (PLACE / "params.yaml").write_text(text, encoding="utf-8")
+    spec = PLACE / "conf" / "model" / f"{MODEL}.yaml"
+    sums = "".join(f"  {file.name}: {manifest.file_digest(file)}\n" for file in sorted(base.iterdir()))
+    spec.write_text(spec.read_text(encoding="utf-8").replace("files: {}", f"files:\n{sums}#"), encoding="utf-8")
+
+
+def write_base(folder: Path, config: dict[str, Any]) -> None:
+    """Random weights, config and SentencePiece model as the publisher's folder has them."""
+    import torch
+
+    from remint import shards
+    from tests.conftest import write_sentencepiece
+
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    known = list(dict.fromkeys(pieces()))
+    room = config["vocab_size"] - 3 - 256 - len(MARKERS)
+    write_sentencepiece(folder, [*known, *(f"\u2042{number:06}" for number in range(room - len(known)))], MARKERS)
+    wide, inner = config["hidden_size"], config["intermediate_size"]
+    heads, few = config["num_attention_heads"], config["num_key_value_heads"]
+    shapes = {"model.tok_embeddings.weight": (config["vocab_size"], wide)}
+    for number in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{number}."
+        shapes |= {
+            f"{layer}attention.wqkv.weight": ((heads + 2 * few) * wide // heads, wide),
+            f"{layer}attention.wo.weight": (wide, wide),
+            f"{layer}attention_norm.weight": (wide,),
+            f"{layer}feed_forward.w1.weight": (inner, wide),
+            f"{layer}feed_forward.w2.weight": (wide, inner),
+            f"{layer}feed_forward.w3.weight": (inner, wide),
+            f"{layer}ffn_norm.weight": (wide,),
+        }
+    shapes |= {"model.norm.weight": (wide,), "output.weight": (config["vocab_size"], wide)}
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(where).manual_seed(0)
+    writer = shards.Writer(folder, 2000 * 2**20)
+    for name, shape in shapes.items():
+        weight = torch.ones(shape) if len(shape) == 1 else 0.02 * torch.randn(shape, generator=generator, device=where)
+        writer.add(name, weight.to(torch.bfloat16).cpu())
+    writer.close()
+
+
+def pieces() -> Iterator[str]:
+    """What the records are written with: their characters, and their words with all that these begin with."""
+    for path in sorted((ROOT / "data" / "source").glob("*.json")):
+        text = path.read_text(encoding="utf-8")
+        yield from sorted(set(text) - {" ", "\n"})
+        for word in sorted(set(text.replace("\n", " ").split(" "))):
+            for end in range(2, len(word) + 1):
+                yield word[:end]
+                yield f"\u2581{word[: end - 1]}"
+
+
+def run(stage: str, settings: list[str]) -> float:
+    """Seconds that the stage takes by its command; what it says goes into a log."""
+    block = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
+    block["TRITON_CACHE_DIR"] = str(PLACE / "triton")
+    started = time.monotonic()
+    with (PLACE / f"{stage}.log").open("a", encoding="utf-8") as log:
+        done = subprocess.run(
+            [sys.executable, "-m", "remint", stage, *settings],
+            cwd=PLACE,
+            env=block,
+            stdout=log,
+            stderr=log,
+            check=False,
+        )
+    if done.returncode:
+        sys.exit(f"{stage} failed:\n{(PLACE / f'{stage}.log').read_text(encoding='utf-8')[-3000:]}")
+    return time.monotonic() - started
+
+
+def facts(stage: str) -> str:
+    """What the stage left, in a word or two."""
+    if stage == "replicate_data":
+        return f"{sum(1 for _ in (PLACE / 'data/dataset/train.jsonl').open(encoding='utf-8')):,} rows"
+    made = {"stage_base": "base", "convert": "adapter", "merge": "model", "eval_chat": "report"}[stage]
+    return f"{sum(file.stat().st_size for file in (PLACE / 'data' / made).iterdir()) / 1e9:.2f} GB"
+
+
+def adapter() -> str:
+    """Steps and the sha256 of what `train` saved last."""
+    steps = sorted((PLACE / "data" / "checkpoint").glob("step-*"))
+    lines = (PLACE / "data/checkpoint/history.jsonl").read_text(encoding="utf-8").splitlines()
+    sums = hashlib.sha256(b"".join(f.read_bytes() for f in sorted(steps[-1].glob("*.safetensors")))).hexdigest()
+    return f"{json.loads(lines[-1])['step']} steps, {sums[:10]}"
+
+
+if __name__ == "__main__":
+    main()
