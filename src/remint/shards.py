@@ -184,8 +184,8 @@ def _side_by_side(work: Callable[..., None], items: Iterable[tuple[Any, ...]]) -
         torch.set_num_threads(threads)  # this thread has them still; it is for those that begin later
 
 
-def _read(file: FileIO, size: int, start: int) -> torch.Tensor:
-    """So many bytes of the file, which has them, as uint8."""
+def _read(file: FileIO, size: int, start: int) -> bytearray:
+    """So many bytes of the file, which has them."""
     data = bytearray(size)
     left = memoryview(data)
     while left:
