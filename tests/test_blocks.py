@@ -134,3 +134,24 @@ def test_what_it_does_not_know_is_left_to_others(tiny, blocks):
     other = adapted(tiny).model
     other.get_base_model().model.config.sliding_window = 16
     assert not blocks.fits(other)
+
+
+@pytest.mark.parametrize("dequantize", ["once", "each_use"])
+@torch.no_grad()
+def test_the_models_own_modules_answer_with_the_adapters_present_values(tiny, blocks, dequantize):
+    ours = adapted(tiny, blocks.Decoder, dropout=0.1, dequantize=dequantize).eval()
+    theirs = adapted(tiny, dropout=0.1, dequantize=dequantize).eval()
+    ids = torch.arange(5, 25)[None]
+    for _ in range(2):
+        expected = theirs.model(input_ids=ids).logits
+        with ours.answering():
+            torch.testing.assert_close(ours.model(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+            with ours.model.disable_adapter(), theirs.model.disable_adapter():
+                base = theirs.model(input_ids=ids).logits
+                torch.testing.assert_close(ours.model(input_ids=ids).logits, base, rtol=1e-4, atol=1e-4)
+        assert torch.equal(ours.model(input_ids=ids).logits, expected)
+        assert (expected - base).abs().max() > 1e-2
+        for loss in (ours, theirs):
+            for parameter in loss.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.05)

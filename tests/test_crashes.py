@@ -75,7 +75,7 @@ def test_the_newest_whole_checkpoint_outlives_a_crash_in_a_save(tmp_path, monkey
         found = checkpoint.load_newest(root, IDENTITY)
         assert found.tensors["adapter.x"].tolist() == [found.step] * 64
         assert found.state == {"history": [found.step]}
-        checkpoint.check(root)
+        checkpoint.check(root, {})
         seen.append(found.step)
         if found.step == 4:
             save(root, 6)

@@ -1,7 +1,9 @@
 """Cross-entropy on supervised tokens only: the head never sees a prompt token, and sums are left to the caller."""
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -24,6 +26,10 @@ class SupervisedLoss(nn.Module):
         super().__init__()
         self.model, self.fused = model, fused
         self.decoder = kernels.install(model) if fused else None
+
+    def answering(self) -> AbstractContextManager[None]:
+        """While prompts are answered: the quickest way to compute the adapter's part for a few tokens."""
+        return contextlib.nullcontext() if self.decoder is None else self.decoder.answering()
 
     def skip(self, passes: int) -> None:
         """Leave torch's random state as so many passes in training would. Raises SettingsError if nothing but them can."""

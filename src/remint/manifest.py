@@ -104,14 +104,17 @@ def verify(folder: Path, kind: str) -> dict[str, Any]:
     return _verified(folder, kind)["facts"]
 
 
-def checked(folder: Path, kind: str) -> dict[Path, Entry]:
-    """Size and sha256 of each file of an artefact after it was checked. Raises ArtefactError naming each file at fault."""
-    return {folder / name: found for name, found in _verified(folder, kind)["files"].items()}
+def checked(folder: Path, kind: str, known: Mapping[Path, Entry] = MappingProxyType({})) -> dict[Path, Entry]:
+    """Size and sha256 of each file of an artefact after it was checked; those that are `known` are not read.
+
+    Raises ArtefactError naming each file at fault.
+    """
+    return {folder / name: found for name, found in _verified(folder, kind, known)["files"].items()}
 
 
-def _verified(folder: Path, kind: str) -> dict[str, Any]:
+def _verified(folder: Path, kind: str, known: Mapping[Path, Entry] = MappingProxyType({})) -> dict[str, Any]:
     content = _load(folder, kind)
-    faults = list(differences(folder, content["files"]))
+    faults = list(differences(folder, content["files"], known))
     if faults:
         raise ArtefactError(*listed(f"{fault}; `dvc repro` makes it again" for fault in faults))
     return content
@@ -122,10 +125,14 @@ def identity(folder: Path, kind: str) -> str:
     return digest(_load(folder, kind))
 
 
-def differences(folder: Path, files: Mapping[str, Entry]) -> Iterator[str]:
+def differences(
+    folder: Path, files: Mapping[str, Entry], known: Mapping[Path, Entry] = MappingProxyType({})
+) -> Iterator[str]:
     """Say for each file how it differs from what is recorded: missing, other content, not recorded."""
     paths = {name: folder / name for name in files}
-    present = described(path for path in paths.values() if path.is_file() and not path.is_symlink())
+    there = [path for path in paths.values() if path.is_file() and not path.is_symlink()]
+    present = described(path for path in there if path not in known)
+    present |= {path: known[path] for path in there if path in known}
     for name, recorded in files.items():
         path = paths[name]
         if path.is_symlink():

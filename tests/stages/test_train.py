@@ -285,6 +285,19 @@ def test_a_run_stopped_by_a_signal_at_any_step_ends_in_the_same_bytes(paths, mon
         assert train(paths, **often) == whole
 
 
+def test_of_the_kept_checkpoints_the_one_written_last_is_not_read_again(paths, monkeypatch):
+    read = []
+    monkeypatch.setattr(
+        manifest, "file_digest", lambda path, real=manifest.file_digest: read.append(path) or real(path)
+    )
+    kept = checkpoint.saved_steps(paths.checkpoint) if train(paths) else []
+    places = [path.parent.name for path in read if path.name == "state.safetensors"]
+    assert len(kept) > 1
+    for step in kept:
+        assert places.count(f".draft-{step:08d}") == 1
+        assert places.count(checkpoint.folder_name(step)) == (step != kept[-1])
+
+
 def test_a_kept_checkpoint_that_was_damaged_becomes_no_part_of_the_artefact(paths, monkeypatch):
     def spoil(self):
         oldest = checkpoint.saved_steps(self.store)[0]
@@ -365,11 +378,11 @@ def test_a_loss_that_is_no_number_stops_before_the_update(paths, monkeypatch):
 
 def test_a_gpu_gets_a_step_before_the_last_ones_numbers_are_looked_at(monkeypatch):
     class Copied:
-        def __init__(self, step, lr, numbers):
-            self.step = step
+        def __init__(self, step, lr, numbers, begun):
+            self.step, self.ended = step, None
 
         def finished(self, is_latest):
-            return loop.Finished(self.step, 0.0, 0.0, 0.0, is_latest)
+            return loop.Finished(self.step, 0.0, 0.0, 0.0, 0.0, is_latest)
 
     told = []
 
@@ -379,12 +392,13 @@ def test_a_gpu_gets_a_step_before_the_last_ones_numbers_are_looked_at(monkeypatc
             awaits=lambda step: step == 3, record=lambda done: told.append((step, done.step, done.is_latest))
         )
         hooks = loop._Hooks(0, 0, watcher)
-        hooks.trainer = SimpleNamespace(numbers=SimpleNamespace(is_cuda=on_gpu))
+        hooks.begun, hooks.trainer = None, SimpleNamespace(numbers=SimpleNamespace(is_cuda=on_gpu))
         for step in range(1, 6):
             hooks.on_step_end(None, SimpleNamespace(global_step=step), None)
         return told
 
     monkeypatch.setattr(loop, "_Numbers", Copied)
+    monkeypatch.setattr(loop, "_Mark", lambda on_gpu: None)
     assert steps(on_gpu=True) == [(2, 1, False), (3, 2, False), (3, 3, True), (5, 4, False)]
     assert steps(on_gpu=False) == [(step, step, True) for step in range(1, 6)]
 

@@ -4,7 +4,8 @@ Layers that read one input become one product (`groups`). Between the products s
 pass needs is computed or drawn again where that takes no pass of its own over memory.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from remint.kernels import attention, ops
-from remint.kernels.groups import Group, Scratch
+from remint.kernels.groups import Alone, Group, Scratch
 from remint.kernels.layers import ATTENTION, MLP
 from remint.libraries import LoraLayer
 
@@ -167,6 +168,20 @@ class Decoder:
         for scratch in self.scratch.values():
             scratch.owner = None
         torch._foreach_mul_([group.low for group in self.groups], self.groups[0].scale)
+
+    @contextlib.contextmanager
+    def answering(self) -> Iterator[None]:
+        """Within it, the model's own modules compute the adapter's part as training does, with its present values."""
+        self.refresh()
+        for group in self.groups:
+            for index, layer in enumerate(group.layers):
+                layer.forward = Alone(layer, group, index)
+        try:
+            yield
+        finally:
+            for group in self.groups:
+                for layer in group.layers:
+                    del layer.forward
 
     def __call__(
         self,

@@ -53,10 +53,10 @@ class Draft:
         self._written = self._pool.submit(self._write, tensors)
         self._pool.shutdown(wait=False)
 
-    def finish(self, state: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    def finish(self, state: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[Path, manifest.Entry]:
         """Write the rest: the checkpoint appears whole under its final name or not at all.
 
-        Raises ArtefactError on a full disk.
+        Returns what its tensors' file holds. Raises ArtefactError on a full disk.
         """
         try:
             known = {_TENSORS: self._written.result()}
@@ -65,8 +65,10 @@ class Draft:
             for path in [*self._folder.iterdir(), self._folder]:
                 if path.name != _TENSORS:
                     manifest.sync(path)
-            self._folder.rename(self._root / folder_name(self._step))
+            target = self._root / folder_name(self._step)
+            self._folder.rename(target)
             manifest.sync(self._root)
+            return {target / name: entry for name, entry in known.items()}
         except OSError as error:
             shutil.rmtree(self._folder, ignore_errors=True)
             if no_room(error):
@@ -115,15 +117,15 @@ def discard(root: Path) -> None:
         shutil.rmtree(hidden)
 
 
-def check(root: Path) -> dict[Path, manifest.Entry]:
+def check(root: Path, known: Mapping[Path, manifest.Entry]) -> dict[Path, manifest.Entry]:
     """What the files of all checkpoints hold, also of those that no run continues from any more.
 
-    Raises ArtefactError if one is damaged.
+    Files that are `known`, since they were written just now, are not read. Raises ArtefactError if one is damaged.
     """
     found: dict[Path, manifest.Entry] = {}
     try:
         for step in saved_steps(root):
-            found |= manifest.checked(root / folder_name(step), KIND)
+            found |= manifest.checked(root / folder_name(step), KIND, known)
         return found
     except ArtefactError as error:
         raise ArtefactError(f"{error.faults[0].partition(';')[0]}; remove {root} to start anew") from None

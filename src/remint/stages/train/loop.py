@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,13 +27,15 @@ from remint.stages.train.settings import Train
 class Finished:
     """One optimizer step's numbers; `step` counts from 1, loss is nats per supervised token.
 
-    `is_latest`: no later step has begun, so the weights are those that it left.
+    `seconds` go from the end of the step before it to its own, without what the watcher made it wait for. `is_latest`: no
+    later step has begun, so the weights are those that it left.
     """
 
     step: int
     loss: float
     lr: float
     grad_norm: float
+    seconds: float
     is_latest: bool
 
 
@@ -46,20 +49,34 @@ class Watcher(Protocol):
         """Note a step; each comes once, in order. May raise, which ends the training."""
 
 
+class _Mark:
+    """A moment: of the GPU, when it gets there, or of the host."""
+
+    def __init__(self, on_gpu: bool):
+        self._event = torch.cuda.Event(enable_timing=True) if on_gpu else None
+        self._time = time.monotonic()
+        if self._event:
+            self._event.record()
+
+    def seconds_since(self, earlier: "_Mark") -> float:
+        """Waits for the GPU if need be."""
+        if self._event is None or earlier._event is None:
+            return self._time - earlier._time
+        self._event.synchronize()
+        return earlier._event.elapsed_time(self._event) / 1000
+
+
 class _Numbers:
     """Loss and gradient norm of a step on their way to the host, which need not wait for them."""
 
-    def __init__(self, step: int, lr: float, numbers: torch.Tensor):
+    def __init__(self, step: int, lr: float, numbers: torch.Tensor, begun: _Mark):
         self.step, self.lr = step, lr
         self._numbers = numbers.to("cpu", non_blocking=True)
-        self._copied = torch.cuda.Event() if numbers.is_cuda else None
-        if self._copied:
-            self._copied.record()
+        self._begun, self.ended = begun, _Mark(numbers.is_cuda)
 
     def finished(self, is_latest: bool) -> Finished:
         """Wait for them. Raises RemintError if one is no finite number."""
-        if self._copied:
-            self._copied.synchronize()
+        seconds = self.ended.seconds_since(self._begun)
         loss, norm = self._numbers.tolist()
         for name, value in (("loss", loss), ("gradient norm", norm)):
             if not math.isfinite(value):
@@ -67,7 +84,7 @@ class _Numbers:
                     f"train: step {self.step}: the {name} is no finite number, got {value}; lower train.lr or use precision "
                     "float32; that step changed nothing, and the last checkpoint is good"
                 )
-        return Finished(self.step, loss, self.lr, norm, is_latest)
+        return Finished(self.step, loss, self.lr, norm, seconds, is_latest)
 
 
 class WeightedTrainer(Trainer):
@@ -139,10 +156,12 @@ class _Hooks(TrainerCallback):
         self.seed, self.first_step, self.watcher = seed, first_step, watcher
         self.pending: deque[_Numbers] = deque()
         self.lr = 0.0
+        self.begun: _Mark
         self.trainer: WeightedTrainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         state.global_step = self.first_step
+        self.begun = _Mark(self.trainer.trained[0].is_cuda)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.begin_step(self.seed)
@@ -152,10 +171,13 @@ class _Hooks(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         numbers = self.trainer.numbers
-        self.pending.append(_Numbers(state.global_step, self.lr, numbers))
+        self.pending.append(_Numbers(state.global_step, self.lr, numbers, self.begun))
+        self.begun = self.pending[-1].ended
         left = 1 if numbers.is_cuda and not self.watcher.awaits(state.global_step) else 0
         while len(self.pending) > left:
             self.watcher.record(self.pending.popleft().finished(is_latest=not self.pending))
+        if not left:
+            self.begun = _Mark(numbers.is_cuda)
 
 
 def workers() -> int:

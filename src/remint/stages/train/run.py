@@ -149,7 +149,7 @@ def _only_writer(scratch: Path, resume: bool) -> Iterator[None]:
 def _publish(session: Session, target: Path, origin: dict[str, Any], made_by: dict[str, Any]) -> None:
     """Turn what the run has saved into the artefact; the steps are linked, not copied, where the disk allows it."""
     recorded = session.recorded
-    checked = checkpoint.check(session.store)
+    checked = checkpoint.check(session.store, session.latest)
     known: dict[str, manifest.Entry] = {}
     with manifest.artefact(target, "checkpoint", known) as (draft, facts):
         for step in checkpoint.saved_steps(session.store):

@@ -1,7 +1,6 @@
 """One training run in progress: what it has recorded, what it answers, what it has saved."""
 
 import contextlib
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from remint import manifest
 from remint.chat import Conversation
 from remint.core.errors import ArtefactError, Stopped, visible
 from remint.core.log import Log
@@ -53,7 +53,7 @@ class Session:
     signals: Sequence[int]
     group: Group
     recorded: Recorded = field(default_factory=Recorded)
-    started: float = field(default_factory=time.monotonic)
+    latest: dict[Path, manifest.Entry] = field(default_factory=dict)
     bar: Any = None
 
     def restore(self) -> int:
@@ -121,7 +121,6 @@ class Session:
             if self.group.leads:
                 tqdm.write("train: measuring the base before the first step")
             self._measure({"step": 0})
-        self.started = time.monotonic()
 
     def awaits(self, step: int) -> bool:
         """Whether this step's weights are measured or saved, or a signal came: then nothing may change them before."""
@@ -130,7 +129,7 @@ class Session:
     def record(self, finished: Finished) -> None:
         """Note one step; measure, sample and save where it is due; stop here if a signal came."""
         row = {"step": finished.step, "loss": finished.loss, "lr": finished.lr, "grad_norm": finished.grad_norm}
-        speed = self.batches(0).tokens(finished.step - 1) / max(1e-9, time.monotonic() - self.started)
+        speed = self.batches(0).tokens(finished.step - 1) / max(1e-9, finished.seconds)
         self.bar.set_postfix(
             loss=f"{finished.loss:.3f}", lr=f"{finished.lr:.1e}", tokens_per_s=f"{speed:.0f}", refresh=False
         )
@@ -148,7 +147,6 @@ class Session:
             self._finish(draft, finished.step)
         if stopping:
             raise Stopped(f"train: stopped after step {finished.step}; the same command continues there", 128 + signal)
-        self.started = time.monotonic()
 
     def end(self) -> None:
         """Close the progress bar."""
@@ -173,7 +171,7 @@ class Session:
         self.model.eval()
         histories = [[{"role": "user", "content": prompt}] for prompt in self.train.sample_prompts]
         # Before the first step the adapter adds zero, which takes most of the time that a GPU needs for an answer.
-        with contextlib.nullcontext() if step else self.model.model.disable_adapter():
+        with self.model.answering(), contextlib.nullcontext() if step else self.model.model.disable_adapter():
             answers = answer_all(
                 self.model.model,
                 self.tokenizer,
@@ -202,7 +200,7 @@ class Session:
         return Draft(self.store, step, tensors)
 
     def _finish(self, draft: Draft, step: int) -> None:
-        draft.finish(vars(self.recorded), self.identity)
+        self.latest = draft.finish(vars(self.recorded), self.identity)
         # What is kept must not tell where a run was stopped: it becomes part of the artefact.
         newest = [saved for saved in checkpoint.saved_steps(self.store) if self._is_due(saved)]
         checkpoint.prune(self.store, {*newest[-self.train.keep_checkpoints :], step, self.recorded.best_step or step})
