@@ -376,6 +376,39 @@ def test_a_loss_that_is_no_number_stops_before_the_update(paths, monkeypatch):
         assert not state["exp_avg"].any()
 
 
+def test_steps_that_are_told_late_leave_the_same_bytes_also_where_a_run_was_stopped_or_killed(paths, monkeypatch):
+    often = {"epochs": 6, "save_steps": 4, "eval_steps": 8}
+    whole = train(paths, **often)
+    monkeypatch.setattr(loop, "_runs_ahead", lambda numbers: True)  # as on a GPU
+    record, told = session.Session.record, []
+
+    def noted(self, finished):
+        told.append((finished.step, finished.is_latest))
+        record(self, finished)
+
+    monkeypatch.setattr(session.Session, "record", noted)
+    assert train(paths, **often) == whole
+    assert [step for step, _ in told] == list(range(1, 19))
+    assert [step for step, is_latest in told if is_latest] == [4, 8, 12, 16, 18]
+
+    def signalled(self, finished):
+        record(self, finished)
+        if finished.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def killed(self, finished):
+        record(self, finished)
+        if finished.step == 6:
+            raise Killed
+
+    # The signal comes while step 3 is computed, which is finished and saved.
+    for interrupted, expected, said in ((signalled, Stopped, "stopped after step 3;"), (killed, Killed, None)):
+        with monkeypatch.context() as patch, pytest.raises(expected, match=said):
+            patch.setattr(session.Session, "record", interrupted)
+            train(paths, **often)
+        assert train(paths, **often) == whole
+
+
 def test_a_gpu_gets_a_step_before_the_last_ones_numbers_are_looked_at(monkeypatch):
     class Copied:
         def __init__(self, step, lr, numbers, begun):

@@ -173,11 +173,16 @@ class _Hooks(TrainerCallback):
         numbers = self.trainer.numbers
         self.pending.append(_Numbers(state.global_step, self.lr, numbers, self.begun))
         self.begun = self.pending[-1].ended
-        left = 1 if numbers.is_cuda and not self.watcher.awaits(state.global_step) else 0
+        left = 1 if _runs_ahead(numbers) and not self.watcher.awaits(state.global_step) else 0
         while len(self.pending) > left:
             self.watcher.record(self.pending.popleft().finished(is_latest=not self.pending))
         if not left:
             self.begun = _Mark(numbers.is_cuda)
+
+
+def _runs_ahead(numbers: torch.Tensor) -> bool:
+    """Whether a step goes on while the host does something else."""
+    return numbers.is_cuda
 
 
 def workers() -> int:
