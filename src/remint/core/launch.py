@@ -19,8 +19,8 @@ def environment(threads: int, network: bool) -> dict[str, str]:
         "MKL_NUM_THREADS": str(threads),
         "OMP_DYNAMIC": "FALSE",
         "MKL_DYNAMIC": "FALSE",
-        # A thread that waits for the next operation looks for it some 30 µs, then it sleeps: to wake it takes as long as many an
-        # operation of a small model, but to look for longer slows both down where another job wants the core.
+        # A thread that waits for the next operation looks for it so many times, then it sleeps: to wake it takes as long as many
+        # an operation of a small model, but to look for longer slows both down where another job wants the core.
         "OMP_WAIT_POLICY": "PASSIVE",
         "GOMP_SPINCOUNT": "1500",
         # Large tensors from memory that is kept, not mapped and cleared by the kernel each time: about 5 % faster training.
