@@ -184,12 +184,19 @@ def _staging(folder: Path, part: str, write: Callable[[int], tuple[Path, str | N
 
 def merge(folder: Path) -> Iterator[Point]:
     """An adapter of rank 64 added to an eighth, a quarter, a half and the whole of InternLM2-1.8B, each in a process of its own."""
+    from remint.core import launch
+
     *width, vocabulary = INTERNLM2
+    block = {**os.environ, **launch.environment(2, network=False)}
     for layers in (3, 6, 12, 24):
         shape = (*width, vocabulary * layers // 24)
         source = write_llama(folder / "base", layers, None, shape, shard_mb=1000)
         done = subprocess.run(
-            [sys.executable, __file__, str(source), str(folder / "out")], stdout=subprocess.PIPE, text=True, check=True
+            [sys.executable, __file__, str(source), str(folder / "out")],
+            env=block,
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
         )
         found = json.loads(done.stdout.splitlines()[-1])
         yield Point(
