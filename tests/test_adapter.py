@@ -51,3 +51,12 @@ def test_a_configuration_that_is_none_is_told(folder, content):
     (folder / adapter.CONFIG).write_text(content)
     with pytest.raises(ArtefactError, match=r"adapter_config\.json"):
         adapter.read(folder)
+
+
+@pytest.mark.parametrize(("rank", "alpha"), [(64, 16), (32, 32), (8, 16), (24, 16), (64, 3)])
+def test_the_scale_is_exact_wherever_it_is_multiplied(rank, alpha):
+    torch.manual_seed(0)
+    a, b = torch.randn(rank, 300), torch.randn(70, rank)
+    names = "base_model.model.x.lora_A.weight", "base_model.model.x.lora_B.weight"
+    found = adapter.delta(dict(zip(names, (a, b), strict=True)), "x", Lora(rank, alpha, 0.0, ["x"]))
+    assert torch.equal(found, (b @ a) * (alpha / rank))

@@ -1,5 +1,6 @@
 """The standard PEFT adapter: which tensors it must hold, how it is written and read, what it adds to a weight."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,10 @@ def delta(tensors: Mapping[str, torch.Tensor], layer: str, settings: Lora, rows:
     """What LoRA adds to `rows` of a layer's weight: B·A·alpha/rank (Hu et al. 2021), fp32, shape (outputs, inputs)."""
     a = tensors[f"{_PREFIX}{layer}.lora_A.weight"].float()
     b = tensors[f"{_PREFIX}{layer}.lora_B.weight"][rows].float()
-    return (b @ a).mul_(settings.alpha / settings.rank)
+    scale = settings.alpha / settings.rank
+    if math.frexp(scale)[0] == 0.5:  # a power of two: exact wherever it is multiplied, and B is small
+        return (b * scale) @ a
+    return (b @ a).mul_(scale)
 
 
 def load(path: Path) -> dict[str, torch.Tensor]:

@@ -24,8 +24,8 @@ SINGLE = "model.safetensors"
 _ORDER = ("F32", "BF16", "F16")
 _KINDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _DTYPES = {kind: dtype for dtype, kind in _KINDS.items()}
-# Numbers in a block of rows: what is computed with them stays in a processor's cache.
-_BLOCK = 2**20
+# Numbers in a block of rows: what is computed with them stays in the cache of a processor's core.
+_BLOCK = 2**18
 
 Change = Callable[[str, slice, torch.Tensor], torch.Tensor]
 
@@ -88,8 +88,8 @@ def rewrite(source: Path, target: Path, change: Change, dtype: torch.dtype | Non
     with _opened(source):  # it has looked whether the header fits the file
         pass
     with source.open("rb", buffering=0) as old, target.open("wb", buffering=0) as new:
-        size = int.from_bytes(_read(old, 8, 0), "little")
-        found = json.loads(_read(old, size, 8))
+        size = int.from_bytes(_read(old, 8, 0).numpy().data, "little")
+        found = json.loads(_read(old, size, 8).numpy().tobytes())
         found.pop("__metadata__", None)
         data = 8 + size
         kinds = {name: _KINDS[dtype] if dtype else facts["dtype"] for name, facts in found.items()}
@@ -109,7 +109,7 @@ def rewrite(source: Path, target: Path, change: Change, dtype: torch.dtype | Non
             width = math.prod(shape[1:])
             start = data + found[name]["data_offsets"][0] + rows.start * width * stored.itemsize
             raw = _read(old, (rows.stop - rows.start) * width * stored.itemsize, start)
-            block = torch.frombuffer(raw, dtype=stored).view(-1, *shape[1:])
+            block = raw.view(stored).view(-1, *shape[1:])
             place = header[name]["data_offsets"][0] + rows.start * width * _DTYPES[kinds[name]].itemsize
             _write(new, change(name, rows, block).contiguous().view(torch.uint8).numpy().data, len(text) + place)
 
@@ -184,10 +184,10 @@ def _side_by_side(work: Callable[..., None], items: Iterable[tuple[Any, ...]]) -
         torch.set_num_threads(threads)  # this thread has them still; it is for those that begin later
 
 
-def _read(file: FileIO, size: int, start: int) -> bytearray:
-    """So many bytes of the file, which has them."""
-    data = bytearray(size)
-    left = memoryview(data)
+def _read(file: FileIO, size: int, start: int) -> torch.Tensor:
+    """So many bytes of the file, which has them, as uint8."""
+    data = torch.empty(size, dtype=torch.uint8)  # not cleared first, as a bytearray would be
+    left = data.numpy().data
     while left:
         count = os.preadv(file.fileno(), [left], start)
         left, start = left[count:], start + count
