@@ -190,7 +190,7 @@ def merge(folder: Path) -> Iterator[Point]:
     block = {**os.environ, **launch.environment(2, network=False)}
     for layers in (3, 6, 12, 24):
         shape = (*width, vocabulary * layers // 24)
-        source = write_llama(folder / "base", layers, None, shape, shard_mb=1000)
+        source = write_llama(folder / "base", layers, None, shape, shard_mb=500)  # as the stage stores it
         done = subprocess.run(
             [sys.executable, __file__, str(source), str(folder / "out")],
             env=block,
@@ -244,7 +244,7 @@ def measure_merge(source: Path, out: Path) -> dict[str, float]:
     found: dict[str, float] = {}
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the highest mark of memory starts anew
     start = memory("VmRSS")
-    for _ in range(2):
+    for _ in range(3):
         for name, work in (("copy", copied), ("merge", merged)):
             for place, is_cold in ((name, False), (f"{name}_synced", True)):
                 draft = fresh(out)
