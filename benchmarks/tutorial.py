@@ -58,18 +58,23 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=24, help="fewer make a smaller base, to try the script")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="other settings, like train.micro_batch=8")
     options = parser.parse_args()
-    prepare(options.recipe, options.layers)
+    recipe = ROOT / "conf" / "recipe" / f"{options.recipe}.yaml"
+    if not recipe.is_file() or f"model: {MODEL} " not in recipe.read_text(encoding="utf-8"):
+        parser.error(f"--recipe: must be one for {MODEL}, got {options.recipe!r}; see `make recipes PATTERN=internlm2`")
+    prepare(recipe, options.layers)
     print("| stage | seconds | |\n|---|---|---|", flush=True)
     for stage in options.stages:
-        given = [*SETTINGS.get(stage, []), *(s for s in options.settings if s.startswith((f"{stage}.", "runtime.")))]
+        given = [*SETTINGS.get(stage, []), *(s for s in options.settings if s.startswith(f"{stage}."))]
         if stage != "train":
             row(f"`{stage}`", run(stage, given), facts(stage))
             continue
         shutil.rmtree(PLACE / "triton", ignore_errors=True)
-        row("`train`, nothing compiled yet", run(stage, given), adapter())
+        row("`train`, nothing compiled yet", run(stage, given), first := adapter())
         for _ in range(options.again):
             shutil.rmtree(PLACE / "data" / "checkpoint")
             row("`train`, compiled before", run(stage, given), adapter())
+            if adapter() != first:
+                sys.exit(f"train: left another adapter, {adapter()} instead of {first}")
 
 
 def row(name: str, seconds: float, told: str) -> None:
@@ -77,7 +82,7 @@ def row(name: str, seconds: float, told: str) -> None:
     print(f"| {name} | {seconds:.1f} | {told} |", flush=True)
 
 
-def prepare(recipe: str, layers: int) -> None:
+def prepare(recipe: Path, layers: int) -> None:
     """A folder in which the stages find what they declare: settings, sources, code, the base in its own layout."""
     from remint import manifest
 
@@ -91,9 +96,7 @@ def prepare(recipe: str, layers: int) -> None:
     (PLACE / "data/source/identity.json").write_text(json.dumps(identity, ensure_ascii=False), encoding="utf-8")
     base = PLACE / "internlm2-chat-1_8b"
     write_base(base, {**CONFIG, "num_hidden_layers": layers})
-    text = (ROOT / "conf" / "recipe" / f"{recipe}.yaml").read_text(encoding="utf-8")
-    assert f"model: {MODEL} " in text, "the recipe's base must be InternLM2-chat-1.8B"
-    text = text.replace("control: [data/source/control.json]", "control: []")
+    text = recipe.read_text(encoding="utf-8").replace("control: [data/source/control.json]", "control: []")
     (PLACE / "params.yaml").write_text(text, encoding="utf-8")
     spec = PLACE / "conf" / "model" / f"{MODEL}.yaml"
     sums = "".join(f"  {file.name}: {manifest.file_digest(file)}\n" for file in sorted(base.iterdir()))
