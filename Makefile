@@ -149,8 +149,9 @@ fuzz: $(DONE) ## feed every reader spoilt input, new each time (MINUTES=10)
 	@end=$$(($$(date +%s) + 60 * $(MINUTES))); while [ $$(date +%s) -lt $$end ]; do \
 		FUZZ_EXAMPLES=500 $(BIN)/python -m pytest -q tests/fuzz || exit 1; done
 
-bench: $(DONE) ## time training beside that of other projects (STEPS=8, ONLY="remint trl", SHAPE=…, NATIVE=1: past AVX2)
+bench: $(DONE) ## time training beside that of other projects (STEPS=8, ROWS=…, SEED=…, ONLY="remint trl", SHAPE=…, NATIVE=1: past AVX2)
 	@$(BIN)/python benchmarks/peers.py $(if $(STEPS),--steps $(STEPS)) $(if $(SHAPE),--shape $(SHAPE)) $(if $(NATIVE),--native) \
+		$(if $(ROWS),--rows $(ROWS)) $(if $(SEED),--seed $(SEED)) \
 		$(if $(ONLY),--only $(ONLY),--plot docs/bench.svg)
 
 bench-throughput: $(DONE) ## time everything but training over growing sizes (PARTS="merge hashing")

@@ -205,7 +205,9 @@ def main() -> None:
         "--seed", type=int, default=42, help="of each one's order of documents, first weights and dropout"
     )
     parser.add_argument("--native", action="store_true", help="let the others use more than AVX2, where the CPU has it")
-    parser.add_argument("--plot", type=Path, help="draw the figures into this file (svg or png)")
+    parser.add_argument(
+        "--plot", type=Path, help="draw the figures into this file (svg or png); on a GPU its name gets -gpu"
+    )
     options = parser.parse_args()
     job_path = SCRATCH / "job.json"
     SCRATCH.mkdir(parents=True, exist_ok=True)
@@ -219,7 +221,7 @@ def main() -> None:
         if not options.only or any(name.lower().startswith(start.lower()) for start in options.only)
     }
     if not chosen:
-        parser.error(f"--only: nobody's name starts so; choose from {', '.join(CONTESTANTS[job.device])}")
+        parser.error(f"--only: nobody's name starts so; choose from {', '.join(map(repr, CONTESTANTS[job.device]))}")
     results = {name: Result(name) for name in chosen}
     # One at a time where they cannot share the device.
     heats = [list(chosen)] if job.device == "cpu" else [[name] for name in chosen]
@@ -240,7 +242,8 @@ def main() -> None:
     print(text)
     (SCRATCH / "table.md").write_text(text + "\n", encoding="utf-8")
     if options.plot:
-        draw(list(results.values()), judged, options.plot)
+        plot = options.plot.with_stem(f"{options.plot.stem}-gpu") if job.device == "cuda" else options.plot
+        draw(list(results.values()), judged, plot)
 
 
 def run(results: Sequence[Result], chosen: dict[str, Contestant], job: Path, options: argparse.Namespace) -> None:

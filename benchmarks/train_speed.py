@@ -116,6 +116,7 @@ def measure(options: argparse.Namespace, variant: str) -> dict[str, Any]:
     torch.cuda.empty_cache() if where.type == "cuda" else None
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    linear = sum(w.in_features * w.out_features for w in modeling.linears(model).values())  # before LoRA has its own
     adapted = modeling.add_lora(model, modeling.Lora(options.rank, 16, options.dropout, list(LINEARS)))
     loss_of = SupervisedLoss(adapted, fused=kernels == "fused").train()
     trained = [p for p in loss_of.parameters() if p.requires_grad]
@@ -133,7 +134,6 @@ def measure(options: argparse.Namespace, variant: str) -> dict[str, Any]:
     ]
     tokens = [int((batch["starts"][-1]).item()) for batch in batches]
     learned_tokens = [len(batch["learned"]) for batch in batches]
-    linear = sum(w.in_features * w.out_features for w in modeling.linears(model).values())
     head = config.vocab_size * config.hidden_size
 
     def wait() -> float:

@@ -52,8 +52,12 @@ STAGES = ("replicate_data", "stage_base", "train", "convert", "merge", "eval_cha
 def main() -> None:
     """Make the base, run the stages, print a table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--recipe", default="internlm2-80gb")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument(
+        "--recipe", default="internlm2-80gb", help="one for InternLM2-chat-1.8B; its training needs a GPU"
+    )
+    parser.add_argument(
+        "--stages", nargs="+", choices=STAGES, default=STAGES, help="all unless named; 4 GB for the base"
+    )
     parser.add_argument("--again", type=int, default=1, help="how often `train` runs with full caches")
     parser.add_argument("--layers", type=int, default=24, help="fewer make a smaller base, to try the script")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="other settings, like train.micro_batch=8")
@@ -61,6 +65,9 @@ def main() -> None:
     recipe = ROOT / "conf" / "recipe" / f"{options.recipe}.yaml"
     if not recipe.is_file() or f"model: {MODEL} " not in recipe.read_text(encoding="utf-8"):
         parser.error(f"--recipe: must be one for {MODEL}, got {options.recipe!r}; see `make recipes PATTERN=internlm2`")
+    for setting in options.settings:
+        if not setting.startswith(tuple(f"{stage}." for stage in STAGES)):
+            parser.error(f"{setting}: must begin with a stage, like train.micro_batch=8")
     prepare(recipe, options.layers)
     print("| stage | seconds | |\n|---|---|---|", flush=True)
     for stage in options.stages:

@@ -260,7 +260,9 @@ def test_memory_that_runs_out_is_one_line_that_names_what_to_lower(cause, comman
     status, told = outcome(act)
     assert (status, len(told)) == (1, 1)
     assert told[0].startswith(f"error: {command}: memory ran out (")
-    assert said in told[0]
+    without_gpu = cause is exhaust_gpu and command != "train"
+    assert (said in told[0]) != (without_gpu and said == "end other programs")
+    assert ("REMINT_DEVICE=cpu in the environment" in told[0]) == without_gpu
 
 
 def test_another_error_is_not_taken_for_memory():

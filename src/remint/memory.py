@@ -10,6 +10,9 @@ from remint.core.files import read_object
 from remint.core.paths import CONF
 from remint.core.typed import build
 
+# merge and eval_chat compute in float32: more than a small GPU has for a model that it can train.
+_ON_CPU = "REMINT_DEVICE=cpu in the environment, which does it without the GPU"
+
 
 @contextlib.contextmanager
 def explained(command: str, settings: Mapping[str, Any]) -> Iterator[None]:
@@ -23,8 +26,10 @@ def explained(command: str, settings: Mapping[str, Any]) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        tries = ", then ".join(_smaller(command, settings))
-        cure = f"try {tries}" if tries else "end other programs, or take a machine with more"
+        tries = _smaller(command, settings)
+        if type(error).__name__ == "OutOfMemoryError" and command != "train":  # torch's, of a GPU
+            tries.append(_ON_CPU)
+        cure = f"try {', then '.join(tries)}" if tries else "end other programs, or take a machine with more"
         raise RemintError(f"{command}: memory ran out ({one_line(error)[:120]}); {cure}") from error
 
 
