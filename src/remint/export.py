@@ -19,8 +19,12 @@ def main(arguments: Sequence[str]) -> int:
     """`remint export internlm2 [FOLDER]`: the merged model in InternLM2's layout."""
     paths = places()
     parser = argparse.ArgumentParser(prog="remint export", description="Write the merged model in another layout.")
-    parser.add_argument("layout", choices=_LAYOUTS)
-    parser.add_argument("folder", nargs="?", type=Path, default=paths.model.parent / "export")
+    parser.add_argument(
+        "layout", choices=_LAYOUTS, help="whose names and fused matrices, config and tokenizer to write"
+    )
+    parser.add_argument(
+        "folder", nargs="?", type=Path, default=paths.model.parent / "export", help="to write; default: %(default)s"
+    )
     parser.add_argument("--model", type=Path, default=paths.model, help="default: the pipeline's")
     options = parser.parse_args(arguments)
     to_internlm2(options.model, paths.base, options.folder)

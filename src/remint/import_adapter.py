@@ -45,10 +45,14 @@ def main(arguments: Sequence[str]) -> int:
     """`remint import-adapter PATH [--to FOLDER] [--alpha X]`."""
     paths = places()
     parser = argparse.ArgumentParser(
-        prog="remint import-adapter", description="Turn an adapter of XTuner 0.1 for InternLM2 into one for the base."
+        prog="remint import-adapter",
+        description="Turn an adapter of XTuner 0.1 for InternLM2 into one for the base. Base and data set must be there: "
+        "`remint replicate_data` and `remint stage_base` make them.",
     )
     parser.add_argument("path", type=Path, help="XTuner's .pth, or a folder with adapter_config.json")
-    parser.add_argument("--to", type=Path, default=paths.adapter.parent / "imported", help="folder to write")
+    parser.add_argument(
+        "--to", type=Path, default=paths.adapter.parent / "imported", help="folder to write; default: %(default)s"
+    )
     parser.add_argument("--alpha", type=float, help="lora_alpha, where a .pth does not say it")
     options = parser.parse_args(arguments)
     source = _folder(options.path) if options.path.is_dir() else _checkpoint(options.path, options.alpha)
