@@ -376,6 +376,7 @@ def test_a_loss_that_is_no_number_stops_before_the_update(paths, monkeypatch):
         assert not state["exp_avg"].any()
 
 
+@pytest.mark.slow
 def test_steps_that_are_told_late_leave_the_same_bytes_also_where_a_run_was_stopped_or_killed(paths, monkeypatch):
     often = {"epochs": 6, "save_steps": 4, "eval_steps": 8}
     whole = train(paths, **often)
