@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from remint import kernels
+from remint.kernels.layers import MOST_RANK
 from remint.loss import SupervisedLoss
 from remint.modeling import add_lora, quantize
 from remint.packing import collate, document
@@ -32,14 +33,14 @@ def blocks():
         yield importlib.import_module("remint.kernels.blocks")
 
 
-def adapted(tiny, decoder=None, dropout=0.0, dequantize="once", checkpointing=False, targets=TARGETS):
+def adapted(tiny, decoder=None, dropout=0.0, dequantize="once", checkpointing=False, targets=TARGETS, rank=4):
     """The tiny model with an adapter whose B is not zero, in training mode; `decoder` computes it if given."""
     model = tiny.model()
     quantize(model, Quantization("nf4", True, 64, dequantize))
     if checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     torch.manual_seed(1)
-    loss = SupervisedLoss(add_lora(model, Lora(4, 8, dropout, targets))).train()
+    loss = SupervisedLoss(add_lora(model, Lora(rank, 8, dropout, targets))).train()
     for parameter in loss.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -131,6 +132,8 @@ def test_the_adapter_and_the_model_stay_what_they_were(tiny, blocks):
 def test_what_it_does_not_know_is_left_to_others(tiny, blocks):
     assert blocks.fits(adapted(tiny).model)
     assert not blocks.fits(adapted(tiny, targets=["q_proj", "v_proj"]).model)
+    assert blocks.fits(adapted(tiny, rank=MOST_RANK).model)
+    assert not blocks.fits(adapted(tiny, rank=MOST_RANK + 1).model)
     other = adapted(tiny).model
     other.get_base_model().model.config.sliding_window = 16
     assert not blocks.fits(other)

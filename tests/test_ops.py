@@ -12,8 +12,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU, or Triton with TRITON_INTERPRET=1", allow_module_level=True)
 from remint.kernels import attention, ops, triton_kernels  # noqa: E402
+from remint.kernels.layers import MOST_RANK  # noqa: E402
 
 RANK = 8
+# The interpreter multiplies the bits of bfloat16 as if they were integers.
+DTYPES = [torch.float32] if DEVICE == "cpu" else [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.fixture(autouse=True)
@@ -72,6 +75,23 @@ def test_each_operation_and_its_gradient(rows, width, p):
     expected, given = ops.gated_back(wide, low, pair, p, 7), pair.clone()
     assert all(map(torch.equal, ops.gated_back(wide, low, given, p, 7, given), expected))
     assert torch.equal(given, expected[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rank", [64, MOST_RANK])
+def test_low_rank_matrices_of_any_size_that_is_taken(rank, dtype):
+    """What a program needs of them must fit a GPU's shared memory, and half precision must round no more than once."""
+    rows, width = 140, 160
+    pair, wide, low = (t.to(dtype) for t in (randn(rows, 2 * width), randn(rows, width + rank), randn(rank, width)))
+    bound = 1e-5 if dtype == torch.float32 else 1e-2
+    for found in (
+        both("copied", pair[:, :width].contiguous(), wide, low, 0.3, 7, filled=1),
+        both("copied_back", wide, low, pair[:, :width].contiguous(), 0.3, 7),
+        both("gated", pair, wide, low, 0.3, 7, filled=1),
+        both("gated_back", wide, low, pair, 0.3, 7),
+    ):
+        for ours, theirs in found:
+            assert (ours.float() - theirs.float()).norm() < bound * theirs.float().norm()
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

@@ -12,6 +12,7 @@ from remint import memory
 from remint.core.config import load_yaml
 from remint.core.errors import GpuTooSmall, RemintError
 from remint.core.typed import build
+from remint.kernels.layers import MOST_RANK
 from remint.stages.train import footprint
 from remint.stages.train.settings import Train
 
@@ -60,6 +61,7 @@ def test_what_another_code_computes_is_not_guessed():
     train = recipe("internlm2-80gb")
     assert footprint.needed(INTERNLM2, replace(train, kernels="plain")) is None
     assert footprint.needed(INTERNLM2, replace(train, lora=replace(train.lora, targets=["q_proj"]))) is None
+    assert footprint.needed(INTERNLM2, replace(train, lora=replace(train.lora, rank=MOST_RANK + 1))) is None
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from remint.kernels import attention, ops
 from remint.kernels.groups import Alone, Group, Scratch
-from remint.kernels.layers import ATTENTION, MLP
+from remint.kernels.layers import ATTENTION, MLP, MOST_RANK
 from remint.libraries import LoraLayer
 
 
@@ -238,5 +238,6 @@ def fits(model: Any) -> bool:
         for name in linear.active_adapters
     }
     widths = {linear.base_layer.in_features % ops.GROUP for linear in linears}
-    gate = getattr(config, "hidden_act", "")
-    return len(shapes) == 1 and widths == {0} and gate == "silu" and not getattr(config, "sliding_window", None)
+    if len(shapes) != 1 or widths != {0} or max(rank for rank, *_ in shapes) > MOST_RANK:
+        return False
+    return getattr(config, "hidden_act", "") == "silu" and not getattr(config, "sliding_window", None)

@@ -16,7 +16,7 @@ from remint.kernels import triton_kernels
 # One draw of four 32-bit words decides, by 16 bits each, for so many neighbouring columns.
 GROUP = 8
 # Into how many sums, at most, the gradient of a low-rank matrix is split.
-SHARES = 8
+SHARES = 16
 
 
 def _launch(kernel: Any, x: torch.Tensor, width: int, *arguments: Any, p: float, **options: Any) -> None:
@@ -31,7 +31,7 @@ def _threshold(p: float) -> int:
 
 
 def _tile(low: torch.Tensor, p: float, is_gated: bool) -> dict[str, Any]:
-    """Constants of the kernels that fill a product's input; fewer columns where four bytes make an element."""
+    """Constants of the kernels that fill a product's input."""
     rank, width = low.shape
     return {
         "WIDTH": width,
@@ -39,10 +39,13 @@ def _tile(low: torch.Tensor, p: float, is_gated: bool) -> dict[str, Any]:
         "RANK_BLOCK": max(16, triton.next_power_of_2(rank)),
         "THRESHOLD": _threshold(p),
         "IS_GATED": is_gated,
-        "ROWS": 64,
-        "COLUMNS": 64 if low.element_size() == 2 else 32,
         "num_warps": 4,
     }
+
+
+def _stages(low: torch.Tensor, most: int) -> int:
+    """How many rounds of a program are under way at once: one where more would not fit a small GPU's shared memory."""
+    return most if low.shape[0] * low.element_size() <= 256 else 1
 
 
 def normed(
@@ -110,11 +113,11 @@ def gated_back(
 def _fill(
     source: torch.Tensor, wide: torch.Tensor, low: torch.Tensor, p: float, seed: int, is_gated: bool
 ) -> torch.Tensor:
-    tile, lows = _tile(low, p, is_gated), source.new_empty(len(source), len(low))
-    grid = (triton.cdiv(len(source), tile["ROWS"]),)
-    triton_kernels.filled[grid](
-        source, low, wide, lows, wide.stride(0), len(source), seed, 1 / (1 - p), num_stages=3, **tile
-    )
+    lows, rows = source.new_empty(len(source), len(low)), 32
+    triton_kernels.filled[(triton.cdiv(len(source), rows),)](
+        source, low, wide, lows, wide.stride(0), len(source), seed, 1 / (1 - p), **_tile(low, p, is_gated),
+        ROWS=rows, COLUMNS=256 // low.element_size(), num_stages=_stages(low, 2),
+    )  # fmt: skip
     return lows
 
 
@@ -127,16 +130,15 @@ def _fill_back(
     is_gated: bool,
     into: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    tile = _tile(low, p, is_gated)
-    rows, (rank, width) = len(source), low.shape
+    rows, columns, (rank, width) = 128 // low.element_size(), 32, low.shape
     # Shares of the rows, so that a GPU is busy also where there are few columns; a number that no device decides.
-    share = triton.cdiv(triton.cdiv(rows, SHARES), tile["ROWS"]) * tile["ROWS"]
+    share = triton.cdiv(triton.cdiv(len(source), SHARES), rows) * rows
     dsource = torch.empty_like(source) if into is None else into
-    ddowns = torch.empty(triton.cdiv(rows, share), rank, width, dtype=torch.float32, device=low.device)
-    grid = (triton.cdiv(width, tile["COLUMNS"]), len(ddowns))
-    triton_kernels.filled_back[grid](
-        dwide, source, low, dsource, ddowns, dwide.stride(0), rows, share, seed, 1 / (1 - p), num_stages=1, **tile
-    )
+    ddowns = torch.empty(triton.cdiv(len(source), share), rank, width, dtype=torch.float32, device=low.device)
+    triton_kernels.filled_back[(triton.cdiv(width, columns), len(ddowns))](
+        dwide, source, low, dsource, ddowns, dwide.stride(0), len(source), share, seed, 1 / (1 - p),
+        **_tile(low, p, is_gated), ROWS=rows, COLUMNS=columns, STAGES=_stages(low, 3),
+    )  # fmt: skip
     return dsource, ddowns.sum(0)
 
 

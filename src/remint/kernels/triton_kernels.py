@@ -106,9 +106,10 @@ def filled(
 def filled_back(
     dwide, source, low, dsource, ddowns, wide_stride, rows, share, seed, gain,
     WIDTH: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, THRESHOLD: tl.constexpr, IS_GATED: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     # A program has some columns and goes through a share of the rows, so the gradient of `low` is summed on the way.
+    # Everything is asked for before anything is computed: a program would wait for memory a second time after a product.
     column, rank = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :], tl.arange(0, RANK_BLOCK)
     group = tl.program_id(0) * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)[None, :]
     kind = dsource.dtype.element_ty
@@ -116,27 +117,28 @@ def filled_back(
     weight = tl.load(low + rank[:, None] * WIDTH + column, mask=known, other=0.0)
     ddown = tl.zeros((RANK_BLOCK, COLUMNS), tl.float32)
     begin = tl.program_id(1) * share
-    for first in range(begin, tl.minimum(begin + share, rows), ROWS):
+    for first in tl.range(begin, tl.minimum(begin + share, rows), ROWS, num_stages=STAGES):
         row = first + tl.arange(0, ROWS)[:, None].to(tl.int64)
         inside = (row < rows) & (column < WIDTH)
         at_low = dwide + row * wide_stride + WIDTH + rank[None, :]
         dlow = tl.load(at_low, mask=(row < rows) & (rank[None, :] < RANK), other=0.0)
-        gradient = tl.load(dwide + row * wide_stride + column, mask=inside, other=0.0).to(tl.float32)
-        through = tl.dot(dlow, weight, input_precision="ieee")
+        gradient = tl.load(dwide + row * wide_stride + column, mask=inside, other=0.0)
         if IS_GATED:
-            gate = tl.load(source + row * 2 * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
-            up = tl.load(source + row * 2 * WIDTH + WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+            gate = tl.load(source + row * 2 * WIDTH + column, mask=inside, other=0.0)
+            up = tl.load(source + row * 2 * WIDTH + WIDTH + column, mask=inside, other=0.0)
+            gate, up = gate.to(tl.float32), up.to(tl.float32)
             sigmoid = tl.sigmoid(gate)
             silu = gate * sigmoid
             value = (silu * up).to(kind)
         else:
             value = tl.load(source + row * WIDTH + column, mask=inside, other=0.0)
+        through = tl.dot(dlow, weight, input_precision="ieee")
         if THRESHOLD > 0:
             kept = _kept(seed, row, group, WIDTH // 8, THRESHOLD)
             through = tl.where(kept, through * gain, 0.0)
             value = tl.where(kept, value.to(tl.float32) * gain, 0.0).to(kind)
         ddown += tl.dot(tl.trans(dlow), value, input_precision="ieee")
-        gradient += through
+        gradient = gradient.to(tl.float32) + through
         if IS_GATED:
             dgate = gradient * up * (sigmoid + silu * (1 - sigmoid))
             tl.store(dsource + row * 2 * WIDTH + column, dgate.to(kind), mask=inside)

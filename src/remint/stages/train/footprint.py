@@ -9,7 +9,7 @@ import torch
 from remint.core.errors import GpuTooSmall
 from remint.core.files import read_object
 from remint.kernels.head import ROWS
-from remint.kernels.layers import LINEARS
+from remint.kernels.layers import LINEARS, MOST_RANK
 from remint.modeling import DTYPES
 from remint.stages.train.settings import Train
 
@@ -31,9 +31,9 @@ def needed(config: Mapping[str, Any], train: Train) -> int | None:
     Frozen weights, the adapter with its gradients and AdamW's two moments in fp32, what the backward pass reads (or the input of each
     layer and the whole of one), and the largest passing tensors.
     """
-    if train.kernels != "fused" or set(train.lora.targets) != set(LINEARS):
-        return None
     size, rank = DTYPES[train.precision].itemsize, train.lora.rank
+    if train.kernels != "fused" or set(train.lora.targets) != set(LINEARS) or rank > MOST_RANK:
+        return None
     hidden, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
     width = config.get("head_dim") or hidden // heads
     queries, values = heads * width, config["num_key_value_heads"] * width
