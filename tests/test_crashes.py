@@ -8,7 +8,7 @@ import torch
 
 from remint import manifest
 from remint.stages.train import checkpoint
-from remint.stages.train.checkpoint import Checkpoint
+from remint.stages.train.checkpoint import Draft
 from tests.crash import crashing
 
 IDENTITY = {"fingerprint": "f"}
@@ -23,9 +23,7 @@ def make(target, text):
 
 
 def save(root, step):
-    checkpoint.save(
-        root, Checkpoint(step, {"adapter.x": torch.full((64,), float(step))}, {"history": [step]}), IDENTITY
-    )
+    Draft(root, step, {"adapter.x": torch.full((64,), float(step))}).finish({"history": [step]}, IDENTITY)
 
 
 def crash_everywhere(tmp_path, monkeypatch, prepare, act):

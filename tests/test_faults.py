@@ -35,7 +35,7 @@ from remint.stages.replicate_data.run import run as replicate_data
 from remint.stages.stage_base.run import run as stage_base
 from remint.stages.train import checkpoint
 from remint.stages.train import run as train
-from remint.stages.train.checkpoint import Checkpoint
+from remint.stages.train.checkpoint import Draft
 from tests.conftest import ROOT, write_tiny_model
 from tests.stages.test_replicate_data import ALPACA
 from tests.stages.test_replicate_data import settings as data_settings
@@ -158,7 +158,7 @@ def test_a_full_disk_costs_no_stage_what_was_there(stage, sizes, place, outcome)
 def test_a_full_disk_costs_no_checkpoint_and_the_run_goes_on(tmp_path):
     def save(step):
         tensors = {"adapter.x": torch.full((5000,), float(step))}
-        checkpoint.save(tmp_path / "steps", Checkpoint(step, tensors, {}), {"key": "a"})
+        Draft(tmp_path / "steps", step, tensors).finish({}, {"key": "a"})
 
     save(2)
     for size in (0, 100, 19_000):
@@ -205,7 +205,7 @@ def test_a_folder_that_may_not_be_written_is_told(tmp_path, outcome):
             (draft / "a").write_text("one")
 
     def save():
-        checkpoint.save(tmp_path / "steps", Checkpoint(1, {"a": torch.zeros(1)}, {}), {})
+        Draft(tmp_path / "steps", 1, {"a": torch.zeros(1)}).finish({}, {})
 
     def scratch():
         (tmp_path / "scratch").mkdir()

@@ -23,7 +23,7 @@ from remint.qlora import Lora
 from remint.stages.replicate_data import formats, records
 from remint.stages.stage_base import gguf_header, sources
 from remint.stages.train import checkpoint, loop
-from remint.stages.train.checkpoint import Checkpoint
+from remint.stages.train.checkpoint import Draft
 from tests.conftest import CHATML, ROOT
 from tests.fuzz.conftest import EXAMPLES, sandbox, survives
 from tests.fuzz.mutations import spoilt, spoilt_bytes, spoilt_json
@@ -218,7 +218,7 @@ STATE = {"history": [{"step": 1, "loss": 2.0}], "samples": [], "best_step": None
 def test_checkpoints(tensors, state, facts, kept):
     with sandbox() as folder:
         for step in (1, 2):
-            checkpoint.save(folder / "steps", Checkpoint(step, TENSORS, STATE), {"key": "a"})
+            Draft(folder / "steps", step, TENSORS).finish(STATE, {"key": "a"})
         newest = folder / "steps" / checkpoint.folder_name(2)
         (newest / "state.json").write_bytes(state)
         if not kept:

@@ -1,5 +1,6 @@
 """Schedule, weights, checkpoints, and the promise that an interrupted run ends in the same bytes."""
 
+import errno
 import itertools
 import json
 import math
@@ -21,7 +22,7 @@ from remint.core.paths import Paths
 from remint.packing import document
 from remint.qlora import Lora, Quantization
 from remint.stages.train import checkpoint, loop, run, session
-from remint.stages.train.checkpoint import Checkpoint
+from remint.stages.train.checkpoint import Draft
 from remint.stages.train.plan import Batches, Plan, lr_factor, make_plan
 from remint.stages.train.settings import Train
 from tests.conftest import CHATML
@@ -114,9 +115,7 @@ def test_steps_are_counted_in_groups_and_nothing_is_left_after_the_last():
 
 def saved(root, *steps):
     for step in steps:
-        checkpoint.save(
-            root, Checkpoint(step, {"adapter.x": torch.full((3,), float(step))}, {"history": []}), {"key": "a"}
-        )
+        Draft(root, step, {"adapter.x": torch.full((3,), float(step))}).finish({"history": []}, {"key": "a"})
 
 
 def test_the_newest_whole_checkpoint_is_found(tmp_path):
@@ -166,6 +165,19 @@ def test_a_full_disk_is_told_and_harms_no_earlier_checkpoint(tmp_path, monkeypat
         saved(tmp_path, 4)
     monkeypatch.undo()
     assert checkpoint.load_newest(tmp_path, {"key": "a"}).step == 2
+
+
+def test_a_disk_that_fills_up_meanwhile_is_told_with_what_is_missing(tmp_path, monkeypatch):
+    def fill(state):
+        free[0] = 10
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    free = [2**30]
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: type("U", (), {"free": free[0]})())
+    monkeypatch.setattr(checkpoint.manifest, "dump_json", fill)
+    with pytest.raises(ArtefactError, match="no room for the checkpoint of step 2, 1 MiB more are needed"):
+        saved(tmp_path, 2)
+    assert not [*tmp_path.iterdir()]
 
 
 def resealed(folder, change):

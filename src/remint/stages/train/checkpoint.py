@@ -49,9 +49,10 @@ class Draft:
     def __init__(self, root: Path, step: int, tensors: Mapping[str, torch.Tensor]):
         self._root, self._step = root, step
         self._folder = root / f".draft-{step:08d}"
-        self._pool = ThreadPoolExecutor(1)
-        self._written = self._pool.submit(self._write, tensors)
-        self._pool.shutdown(wait=False)
+        self._need = _SLACK_BYTES
+        pool = ThreadPoolExecutor(1)
+        self._written = pool.submit(self._write, tensors)
+        pool.shutdown(wait=False)
 
     def finish(self, state: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[Path, manifest.Entry]:
         """Write the rest: the checkpoint appears whole under its final name or not at all.
@@ -72,7 +73,7 @@ class Draft:
         except OSError as error:
             shutil.rmtree(self._folder, ignore_errors=True)
             if no_room(error):
-                raise _full(self._root, self._step) from error
+                raise self._full() from error
             if no_right(error):
                 raise ArtefactError(
                     f"{self._root}: cannot be written ({error.strerror}); make it writable and run again"
@@ -82,20 +83,23 @@ class Draft:
     def _write(self, given: Mapping[str, torch.Tensor]) -> manifest.Entry:
         tensors = save_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in sorted(given.items())})
         self._root.mkdir(parents=True, exist_ok=True)
-        need = len(tensors) + _SLACK_BYTES
-        if (free := shutil.disk_usage(self._root).free) < need:
-            raise _full(self._root, self._step, need - free)
         shutil.rmtree(self._folder, ignore_errors=True)
+        self._need += len(tensors)
+        if shutil.disk_usage(self._root).free < self._need:
+            raise self._full()
         self._folder.mkdir()
         path = self._folder / _TENSORS
         path.write_bytes(tensors)
         manifest.sync(path)
         return manifest.described([path])[path]
 
-
-def save(root: Path, checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:
-    """Write one checkpoint, once a step. Raises ArtefactError on a full disk."""
-    Draft(root, checkpoint.step, checkpoint.tensors).finish(checkpoint.state, identity)
+    def _full(self) -> ArtefactError:
+        lack = self._need - shutil.disk_usage(self._root).free  # a quota may end before the disk does
+        more = f", {lack / 2**20:.0f} MiB more are needed" if lack > 0 else ""
+        return ArtefactError(
+            f"{self._root}: no room for the checkpoint of step {self._step}{more}; free space and run again, earlier "
+            "checkpoints are intact"
+        )
 
 
 def prune(root: Path, keep: set[int]) -> None:
@@ -185,10 +189,3 @@ def _check_identity(folder: Path, recorded: Mapping[str, Any], present: Mapping[
     ]
     if faults:
         raise ArtefactError(*faults)
-
-
-def _full(root: Path, step: int, need: int | None = None) -> ArtefactError:
-    more = f", {need / 2**20:.0f} MiB more are needed" if need is not None else ""
-    return ArtefactError(
-        f"{root}: no room for the checkpoint of step {step}{more}; free space and run again, earlier checkpoints are intact"
-    )
