@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from remint.core.config import load_yaml
-from remint.core.errors import GpuTooSmall, RemintError, one_line, out_of_memory
+from remint.core.errors import GpuTooSmall, RemintError, gpu_out_of_memory, one_line, out_of_memory
 from remint.core.files import read_object
 from remint.core.paths import CONF
 from remint.core.typed import build
@@ -27,7 +27,7 @@ def explained(command: str, settings: Mapping[str, Any]) -> Iterator[None]:
         if not out_of_memory(error):
             raise
         tries = _smaller(command, settings)
-        if type(error).__name__ == "OutOfMemoryError" and command != "train":  # torch's, of a GPU
+        if gpu_out_of_memory(error) and command != "train":
             tries.append(_ON_CPU)
         cure = f"try {', then '.join(tries)}" if tries else "end other programs, or take a machine with more"
         raise RemintError(f"{command}: memory ran out ({one_line(error)[:120]}); {cure}") from error

@@ -74,8 +74,13 @@ def no_right(error: BaseException) -> bool:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, of the machine or of a GPU; torch says so by a RuntimeError."""
-    told = "can't allocate memory" in str(error) or type(error).__name__ == "OutOfMemoryError"
+    told = "can't allocate memory" in str(error) or gpu_out_of_memory(error)
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and told)
+
+
+def gpu_out_of_memory(error: BaseException) -> bool:
+    """Whether the memory of a GPU ran out; torch's error is known by its name here, where torch is not imported."""
+    return isinstance(error, RuntimeError) and type(error).__name__ == "OutOfMemoryError"
 
 
 def got(value: object) -> str:
