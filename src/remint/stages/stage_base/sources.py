@@ -27,7 +27,8 @@ def fetch(model: Model, scratch: Path) -> tuple[Path, str | None]:
         folder = Path(model.location).expanduser()
         if not folder.is_dir():
             raise ArtefactError(
-                f"model.location: no such folder, got {model.location!r}; put the base model there or change it"
+                f"model.location: no such folder, got {model.location!r}; put {model.name} there, or change the location: "
+                "conf/model/<name>.yaml says where it can be had"
             )
         verify(folder, model)
         return folder, None
