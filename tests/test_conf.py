@@ -3,6 +3,7 @@
 from importlib import import_module
 
 import pytest
+import yaml
 
 from remint import preflight
 from remint.__main__ import run_stage
@@ -56,6 +57,8 @@ def test_a_number_without_a_dot_is_a_number(workplace):
         ("train", "train.lrr=1", "train.lrr: no such setting; did you mean train.lr"),
         ("train", "train.lora.rnak=1", "did you mean train.lora.rank"),
         ("train", "zzz=1", "this stage knows"),
+        ("train", "model=smollm2-135m-instruct", "model: is a setting of other stages, this one knows seed, runtime"),
+        ("train", "merge.dtype=float32", "merge.dtype: is a setting of other stages"),
         ("train", "train.lr=fast", "train.lr: must be a number, got 'fast'; change it on the command line"),
         ("train", "train.lr", "is no setting, got 'train.lr'; write name=value"),
         ("train", "+train.zz=1", "no setting can be added"),
@@ -272,3 +275,9 @@ def test_a_dangerous_setting_is_refused(stage, override, said, workplace):
     with pytest.raises(SettingsError) as caught:
         config.compose(run_of(stage), [override])
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("words", [["--cfg"], ["--cfg", "job"]])
+def test_the_composed_settings_are_shown_also_to_hydras_own_words(in_root, capsys, words):
+    assert run_stage("train", [*words, "train.lr=1e-3"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["train"]["lr"] == 1e-3

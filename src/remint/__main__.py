@@ -129,7 +129,8 @@ def run_stage(stage: str, rest: Sequence[str]) -> int:
         "overrides", nargs="*", metavar="key=value", help="settings for this run alone, like train.lr=1e-3"
     )
     parser.add_argument("--cfg", action="store_true", help="print the composed settings and stop")
-    options = parser.parse_args(rest)
+    # Hydra's own programs want `--cfg job`.
+    options = parser.parse_args([word for word in rest if "--cfg" not in rest or word != "job"])
     if os.environ.get("DVC_STAGE"):
         preflight.check()  # an experiment, too, is to learn of a late stage's mistake before an early one runs
     asks = preflight.asks_as(stage)

@@ -274,6 +274,10 @@ def _explain(error: Exception, wanted: dict[str, Any]) -> str:
     where = full[1].rstrip(",") if full else None
     if unknown:
         name = where or unknown[1] or unknown[3]
+        if (section := name.partition(".")[0]) not in wanted and section in load_yaml(PARAMS):
+            return (
+                f"params: {name}: is a setting of other stages, this one knows {', '.join(wanted)}; set it in {PARAMS}"
+            )
         return f"params: {name}: no such setting{_nearest(name, wanted)}"
     if where:
         problem = text.split(" full_key:")[0]
