@@ -1,6 +1,7 @@
 """Safetensors whose header lies are refused before anything is allocated."""
 
 import json
+import os
 import struct
 
 import pytest
@@ -100,6 +101,18 @@ def test_a_damaged_shard_is_not_rewritten(tmp_path):
     with pytest.raises(ArtefactError, match="no readable safetensors"):
         shards.rewrite(tmp_path / shards.SINGLE, tmp_path / "new", lambda *_: None, None, whole=lambda _: False)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_shard_that_becomes_shorter_meanwhile_is_told(tmp_path):
+    def cut(name, rows, block):
+        if not cuts:
+            cuts.append(os.truncate(tmp_path / "old", 2**20))
+        return block
+
+    cuts = []
+    save_file({"a": torch.zeros(2**22)}, tmp_path / "old")
+    with pytest.raises(ArtefactError, match="old: became shorter while it was read"):
+        shards.rewrite(tmp_path / "old", tmp_path / "new", cut, None, whole=lambda _: False)
 
 
 @pytest.mark.parametrize("length", [0, 17, 10**8 + 1, 2**63 - 1, 2**64 - 1])

@@ -185,11 +185,12 @@ def _side_by_side(work: Callable[..., None], items: Iterable[tuple[Any, ...]]) -
 
 
 def _read(file: FileIO, size: int, start: int) -> torch.Tensor:
-    """So many bytes of the file, which has them, as uint8."""
+    """So many bytes of the file as uint8. Raises ArtefactError if it has become shorter than it was."""
     data = torch.empty(size, dtype=torch.uint8)  # not cleared first, as a bytearray would be
     left = data.numpy().data
     while left:
-        count = os.preadv(file.fileno(), [left], start)
+        if (count := os.preadv(file.fileno(), [left], start)) == 0:
+            raise ArtefactError(f"{file.name}: became shorter while it was read; let nothing write to it and run again")
         left, start = left[count:], start + count
     return data
 
