@@ -17,6 +17,9 @@ from remint.stages.replicate_data import formats, records, split
 from remint.stages.replicate_data.records import Record
 from remint.stages.replicate_data.settings import ReplicateData
 
+# A bar for each of the small files that are written says nothing.
+datasets.disable_progress_bars()
+
 _USES = {"identity": "identity", "identity_held_out": "identity", "control": "control", "control_held_out": "control"}
 
 
