@@ -1,7 +1,7 @@
 """What to lower when memory ran out, or would: the settings that cost most of it, each with a smaller value than the present one."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from remint.core.config import load_yaml
@@ -20,7 +20,7 @@ def explained(command: str, settings: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
     except GpuTooSmall as error:
-        fitting = _fitting_recipe(settings, error.free)
+        fitting = _fitting(settings, error.free)
         cures = [*([f"`make recipe NAME={fitting}`"] if fitting else []), *_smaller(command, settings)]
         raise RemintError(f"{command}: {error}; try {', then '.join(cures)}") from error
     except (MemoryError, RuntimeError) as error:
@@ -33,19 +33,28 @@ def explained(command: str, settings: Mapping[str, Any]) -> Iterator[None]:
         raise RemintError(f"{command}: memory ran out ({one_line(error)[:120]}); {cure}") from error
 
 
-def _fitting_recipe(settings: Mapping[str, Any], free: int) -> str | None:
-    """The recipe of the same precision that makes most of `free` bytes with the present base."""
+def fitting_recipe(
+    names: Iterable[str], config: Mapping[str, Any], free: int, precision: str | None = None
+) -> str | None:
+    """Of these recipes the one that makes the most of `free` bytes of a GPU, for a base of this config.json; of one `precision`
+    if given. None if none fits."""
     from remint.stages.train import footprint  # these import torch, which other commands do without
     from remint.stages.train.settings import Train
 
-    base = read_object(settings["paths"].base / "config.json", "run `make repro`, which makes it")
     fitting = {}
-    for path in (CONF / "recipe").glob("*.yaml"):
-        train = build(Train, load_yaml(path)["train"], "train")
-        need = footprint.needed(base, train)
-        if need is not None and need <= free and train.precision == settings["train"].precision:
-            fitting[path.stem] = need
+    for name in names:
+        train = build(Train, load_yaml(CONF / "recipe" / f"{name}.yaml")["train"], "train")
+        need = footprint.needed(config, train)
+        if need is not None and need <= free and precision in (None, train.precision):
+            fitting[name] = need
     return max(fitting, key=lambda name: fitting[name], default=None)
+
+
+def _fitting(settings: Mapping[str, Any], free: int) -> str | None:
+    """The recipe of the same precision that makes the most of `free` bytes with the present base."""
+    base = read_object(settings["paths"].base / "config.json", "run `make repro`, which makes it")
+    names = sorted(path.stem for path in (CONF / "recipe").glob("*.yaml"))
+    return fitting_recipe(names, base, free, settings["train"].precision)
 
 
 def _smaller(command: str, settings: Mapping[str, Any]) -> list[str]:
