@@ -48,6 +48,10 @@ VARIANTS: dict[str, tuple[str, str, bool, bool, int]] = {
     "small": ("fused", "each_use", True, False, 4),
     "small, 5 rows": ("fused", "each_use", True, False, 5),
     "small, 6 rows": ("fused", "each_use", True, False, 6),
+    # As the recipes internlm2-8gb, -16gb and -24gb have it; internlm2-80gb is `wide`.
+    "8 GB": ("fused", "each_use", True, False, 8),
+    "16 GB": ("fused", "each_use", False, False, 4),
+    "24 GB": ("fused", "once", False, False, 4),
 }
 
 
