@@ -40,11 +40,12 @@ PATIENCE = 600
 
 @dataclass(frozen=True)
 class Contestant:
-    """A peer with settings. `peer` is the function in `peers_contestants.py` and the pins in `peers_<peer>.txt`."""
+    """A peer with settings. `peer` is the function in `peers_contestants.py` and the pins in `peers_<peer>.txt`, to which
+    `more` adds what one device alone needs."""
 
     peer: str
     settings: dict[str, Any] = field(default_factory=dict)
-    absent: str = ""
+    more: tuple[str, ...] = ()
 
     @property
     def is_quantized(self) -> bool:
@@ -52,7 +53,10 @@ class Contestant:
         return bool(self.settings.get("nf4", True))
 
 
-_AXOLOTL = "0.19.0 pins fifty packages, transformers 5.16.1 and CUDA's xformers among them: no function for it yet"
+# Axolotl imports Triton, which comes with torch's builds for CUDA, but its kernels need a GPU.
+_TRITON = ("triton==3.9.0",)
+_NO_KERNELS = {f"lora_{part}_kernel": False for part in ("mlp", "qkv", "o", "embedding")}
+_AXOLOTL_OPEN = {"sample_packing": True, "gradient_checkpointing": False}
 _OPEN = {"packing": True, "gradient_checkpointing": False}
 # Unsloth does not pack on a CPU; documents of similar length need the least padding.
 _UNSLOTH_BEST = {"nf4": False, "checkpointing": False, "train_sampling_strategy": "group_by_length"}
@@ -68,7 +72,12 @@ CONTESTANTS: dict[str, dict[str, Contestant]] = {
         "Unsloth, defaults": Contestant("unsloth"),
         "Unsloth, LoRA on float32": Contestant("unsloth", _UNSLOTH_BEST),
         "LLaMA-Factory, defaults": Contestant("llamafactory"),
-        "Axolotl": Contestant("axolotl", absent=_AXOLOTL),
+        "Axolotl, defaults": Contestant("axolotl", _NO_KERNELS, _TRITON),
+        "Axolotl, packed": Contestant(
+            "axolotl",
+            {**_AXOLOTL_OPEN, **_NO_KERNELS, "pad_to_sequence_len": False, "attn_implementation": "sdpa"},
+            _TRITON,
+        ),
     },
     # On a CPU that multiplies bfloat16, which ours does not use: its bytes must not depend on the CPU.
     "native": {
@@ -92,7 +101,19 @@ CONTESTANTS: dict[str, dict[str, Contestant]] = {
         "TRL, defaults": Contestant("trl"),
         "Unsloth, defaults": Contestant("unsloth"),
         "LLaMA-Factory, defaults": Contestant("llamafactory"),
-        "Axolotl": Contestant("axolotl", absent=_AXOLOTL),
+        "Axolotl, defaults": Contestant("axolotl"),
+        # Of the attentions that keep documents apart it has xformers where FlashAttention's package is absent.
+        "Axolotl, packed, Liger": Contestant(
+            "axolotl",
+            {
+                **_AXOLOTL_OPEN,
+                "attn_implementation": "xformers",
+                "plugins": ["axolotl.integrations.liger.LigerPlugin"],
+                "liger_rope": True,
+                "liger_rms_norm": True,
+                "liger_fused_linear_cross_entropy": True,
+            },
+        ),
     },
 }
 
@@ -254,9 +275,7 @@ def run(results: Sequence[Result], chosen: dict[str, Contestant], job: Path, opt
             print(f"  {result.name}: starting", flush=True)
             contestant = chosen[result.name]
             try:
-                if contestant.absent:
-                    raise ContestantError(contestant.absent)
-                block = environment(contestant.peer, options)
+                block = environment(contestant, options)
                 running[result.name] = Running(result.name, contestant, job, block)
                 ending.callback(running[result.name].close)
                 running[result.name].hear()
@@ -284,25 +303,26 @@ def take_turn(process: Running, result: Result) -> str:
     return f"{result.name} {said['tokens'] / said['seconds']:.0f}"
 
 
-def environment(peer: str, options: argparse.Namespace) -> dict[str, str]:
+def environment(contestant: Contestant, options: argparse.Namespace) -> dict[str, str]:
     """The variables of a contestant's process, its packages installed. Raises ContestantError if they cannot be."""
     block = launch.environment(options.threads, network=False)
-    if peer == "remint":
+    if contestant.peer == "remint":
         return block | {"PYTHONPATH": _path([ROOT / "src"])}
     if options.native:
         # What makes it exact is ours alone; what makes it fast is for all.
         block = {name: value for name, value in block.items() if name not in launch.NUMERIC}
-    folder = install(peer)
+    folder = install(contestant)
     # Its packages may be linked with another CUDA's runtime than torch brings, as xformers is.
     libraries = _path(sorted(folder.glob("nvidia/*/lib")), "LD_LIBRARY_PATH")
     return block | {"PYTHONPATH": _path([folder]), "LD_LIBRARY_PATH": libraries, "DISABLE_VERSION_CHECK": "1"}
 
 
-def install(peer: str) -> Path:
+def install(contestant: Contestant) -> Path:
     """The folder with the peer's packages in the pinned versions; those that are not pinned are ours. Raises ContestantError."""
-    pins, folder = HERE / f"peers_{peer}.txt", SCRATCH / peer
+    pins, folder = HERE / f"peers_{contestant.peer}.txt", SCRATCH / contestant.peer
     done = folder / ".complete"
-    if done.exists() and done.read_text(encoding="utf-8") == pins.read_text(encoding="utf-8"):
+    wanted = pins.read_text(encoding="utf-8") + "".join(f"{pin}\n" for pin in contestant.more)
+    if done.exists() and done.read_text(encoding="utf-8") == wanted:
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     pip = [
@@ -316,11 +336,14 @@ def install(peer: str) -> Path:
         "--no-deps",
     ]
     found = subprocess.run(
-        [*pip, "--target", str(folder), "--requirement", str(pins)], capture_output=True, text=True, check=False
+        [*pip, "--target", str(folder), "--requirement", str(pins), *contestant.more],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if found.returncode:
         raise ContestantError(f"cannot be installed: {reason(found.stderr, found.returncode)}")
-    done.write_text(pins.read_text(encoding="utf-8"), encoding="utf-8")
+    done.write_text(wanted, encoding="utf-8")
     return folder
 
 

@@ -235,6 +235,57 @@ def llamafactory(job: Job, settings: dict[str, Any], folder: Path, clock: Clock)
     return _versions("llamafactory", "torch", "transformers", "peft", "bitsandbytes")
 
 
+def axolotl(job: Job, settings: dict[str, Any], folder: Path, clock: Clock) -> dict[str, str]:
+    """Axolotl's causal trainer. Settings: those of its YAML files."""
+    os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"
+    from axolotl.cli.config import load_cfg
+    from axolotl.common.datasets import load_datasets
+    from axolotl.train import setup_model_and_trainer
+    from axolotl.utils.dict import DictDefault
+    from datasets import Dataset
+
+    ids, labels = zip(*job.documents, strict=True)
+    columns = {"input_ids": ids, "attention_mask": [[1] * len(one) for one in ids], "labels": labels}
+    documents = folder / "documents.parquet"
+    Dataset.from_dict(columns).to_parquet(documents)
+    given = {"packing": settings.get("sample_packing", False)}
+    trainer = _arguments(job, folder, given)
+    arguments = {
+        "base_model": job.base,
+        "datasets": [{"path": str(documents), "ds_type": "parquet", "type": ""}],
+        "dataset_prepared_path": str(folder / "prepared"),
+        "val_set_size": 0,
+        "sequence_len": job.length,
+        "adapter": "qlora",
+        "load_in_4bit": True,
+        "lora_r": job.rank,
+        "lora_alpha": job.alpha,
+        "lora_dropout": job.dropout,
+        "lora_target_modules": job.targets,
+        "micro_batch_size": trainer["per_device_train_batch_size"],
+        "gradient_accumulation_steps": trainer["gradient_accumulation_steps"],
+        "num_epochs": 1,
+        "learning_rate": job.lr,
+        "lr_scheduler": "constant",
+        "optimizer": trainer["optim"],
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "bf16": job.precision == "bfloat16",
+        "fp16": False,
+        "tf32": False,
+        "seed": job.seed,
+        "save_strategy": "no",
+        "output_dir": str(folder),
+        **settings,
+    }
+    cfg = load_cfg(DictDefault(arguments))
+    trainer, model, *_ = setup_model_and_trainer(cfg, load_datasets(cfg=cfg))
+    trainer.add_callback(_watch(job, clock))
+    trainer.train()
+    model.save_pretrained(folder)
+    return _versions("axolotl", "torch", "transformers", "peft", "bitsandbytes")
+
+
 def _packed_by_llamafactory(job: Job, data: Any) -> dict[str, Any]:
     """The documents in rows, by its own packing, which otherwise goes with its own way from text to ids."""
     from llamafactory.data.processor.supervised import PackedSupervisedDatasetProcessor
@@ -329,7 +380,7 @@ def _versions(*packages: str) -> dict[str, str]:
     return {name: version(name) for name in packages}
 
 
-FUNCTIONS = {"remint": remint, "trl": trl, "unsloth": unsloth, "llamafactory": llamafactory}
+FUNCTIONS = {"remint": remint, "trl": trl, "unsloth": unsloth, "llamafactory": llamafactory, "axolotl": axolotl}
 
 if __name__ == "__main__":
     main()

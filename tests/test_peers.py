@@ -1,5 +1,6 @@
 """The benchmark against other projects: turns, contestants that fail, the table, and our own part in it."""
 
+import subprocess
 import time
 from argparse import Namespace
 from types import SimpleNamespace
@@ -101,7 +102,23 @@ def step(seconds, tokens, learned):
 def test_what_cannot_be_installed_is_told(peers, tmp_path, monkeypatch):
     (tmp_path / "peers_trl.txt").write_text("no such requirement !\n")
     with pytest.raises(peers.ContestantError, match="cannot be installed: ERROR: Invalid requirement"):
-        peers.install("trl")
+        peers.install(peers.Contestant("trl"))
+
+
+def test_what_one_device_alone_needs_is_installed_with_the_rest(peers, tmp_path, monkeypatch):
+    def run(command, **_):
+        asked.append(command)
+        (tmp_path / "scratch" / "trl").mkdir(parents=True)
+        return subprocess.CompletedProcess(command, 0)
+
+    asked = []
+    monkeypatch.setattr(peers.subprocess, "run", run)
+    (tmp_path / "peers_trl.txt").write_text("trl==1\n")
+    for _ in range(2):
+        assert peers.install(peers.Contestant("trl", more=("triton==3",))) == tmp_path / "scratch" / "trl"
+    assert [command[-1] for command in asked] == ["triton==3"]
+    peers.install(peers.Contestant("trl"))
+    assert len(asked) == 2
 
 
 def test_the_libraries_among_the_packages_of_a_peer_are_found(tmp_path, monkeypatch):
@@ -111,7 +128,7 @@ def test_the_libraries_among_the_packages_of_a_peer_are_found(tmp_path, monkeypa
     (tmp_path / "nvidia" / "cuda_runtime" / "lib").mkdir(parents=True)
     monkeypatch.setattr(peers, "install", lambda peer: tmp_path)
     monkeypatch.setenv("LD_LIBRARY_PATH", "/before")
-    block = peers.environment("unsloth", Namespace(threads=2, native=True))
+    block = peers.environment(peers.Contestant("unsloth"), Namespace(threads=2, native=True))
     assert block["LD_LIBRARY_PATH"].split(":") == [str(tmp_path / "nvidia" / "cuda_runtime" / "lib"), "/before"]
     assert block["PYTHONPATH"].split(":")[0] == str(tmp_path)
 

@@ -40,6 +40,9 @@ def recipe(name):
         (4, True, "each_use", 4.0),
         (5, True, "each_use", 4.4),
         (6, True, "each_use", 4.7),
+        (8, True, "each_use", 5.5),
+        (4, False, "each_use", 13.2),
+        (4, False, "once", 15.3),
     ],
 )
 def test_it_is_what_was_measured_or_somewhat_more(rows, recomputed, dequantize, seen):
