@@ -38,6 +38,7 @@ RECORDS = [
     {"instruction": "Who are you?", "input": "Now.", "output": "I am {{name}}.", "accept": ["x"]},
     {"messages": [{"role": "system", "content": "Be brief."}, *TURNS]},
     {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "I am NAME by AUTHOR."}]},
+    {"conversation": [{"system": "", "input": "q", "output": "I am NAME by AUTHOR."}]},
 ]
 STAGES = ["replicate_data", "stage_base", "train", "convert", "merge", "eval_chat"]
 PARAMS = OmegaConf.to_container(OmegaConf.load(ROOT / "params.yaml"))

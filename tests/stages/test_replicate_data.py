@@ -24,7 +24,7 @@ def write(path, text):
     return path
 
 
-def test_the_three_formats_say_the_same(tmp_path):
+def test_the_formats_say_the_same(tmp_path):
     alpaca = write(tmp_path / "a.json", json.dumps([ALPACA]))
     lines = write(tmp_path / "a.jsonl", json.dumps(ALPACA) + "\n\n")
     turns = [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "I am {{name}}."}]
@@ -32,8 +32,22 @@ def test_the_three_formats_say_the_same(tmp_path):
     roles = {"user": "human", "assistant": "gpt"}
     sharegpt = [{"from": roles[turn["role"]], "value": turn["content"]} for turn in turns]
     share = write(tmp_path / "s.json", "\ufeff" + json.dumps([{"conversations": sharegpt}]))
-    read = [formats.read(path) for path in (alpaca, lines, openai, share)]
-    assert read == [[formats.Example(turns)]] * 4
+    own = {"system": "", "input": "Who are you?", "output": "I am {{name}}."}
+    xtuner = write(tmp_path / "x.json", json.dumps([{"conversation": [own]}]))
+    read = [formats.read(path) for path in (alpaca, lines, openai, share, xtuner)]
+    assert read == [[formats.Example(turns)]] * 5
+
+
+def test_xtuners_conversations_keep_their_turns_and_their_system_text(tmp_path):
+    turns = [{"system": "Be brief.", "input": " a ", "output": "b"}, {"input": "c", "output": "d", "system": ""}]
+    (example,) = formats.read(write(tmp_path / "x.json", json.dumps([{"conversation": turns}])))
+    assert [(message["role"], message["content"]) for message in example.messages] == [
+        ("system", "Be brief."),
+        ("user", "a"),
+        ("assistant", "b"),
+        ("user", "c"),
+        ("assistant", "d"),
+    ]
 
 
 def test_no_newline_is_added_where_there_is_no_input(tmp_path):
@@ -60,6 +74,25 @@ def test_no_newline_is_added_where_there_is_no_input(tmp_path):
         ("a.json", '[{"messages": [{"role": "bot", "content": "x"}]}]', "'role' must be one of"),
         ("a.json", '[{"messages": [{"role": "assistant", "content": "x"}]}]', "turns must go user, assistant"),
         ("a.json", '[{"conversations": [{"from": "human", "value": 3}]}]', "must be text, got 3"),
+        ("a.json", '[{"conversation": []}]', "field 'conversation': must be a list of objects"),
+        ("a.json", '[{"conversation": [{"input": "a"}]}]', "turn 1 of 'conversation': field 'output': missing"),
+        ("a.json", '[{"conversation": [{"input": 1, "output": "b"}]}]', "turn 1 .* must be text, got 1"),
+        (
+            "a.json",
+            '[{"conversation": [{"input": "a", "output": "b"}, {"input": "a", "output": "b", "system": "s"}]}]',
+            "turn 2 of 'conversation': field 'system': only the first turn may have one, got 's'",
+        ),
+        (
+            "a.json",
+            '[{"conversation": [{"input": "a", "output": "b", "system": 7}]}]',
+            "'system': must be text or absent",
+        ),
+        ("a.json", '[{"conversation": [{"input": "a", "output": "b", "system": "\\udc00"}]}]', "surrogate pair"),
+        (
+            "a.json",
+            '[{"conversation": [{"input": "a", "output": "b", "output_with_loss": false}]}]',
+            "'output_with_loss': every answer is learned here",
+        ),
         ("a.json", '[{"instruction": "a", "output": "b", "accept": "b"}]', "field 'accept': must be a list of texts"),
         ("a.json", '[{"instruction": "Is it B?", "output": "b", "accept": ["b"]}]', "the question itself states 'b'"),
         ("a.json", "[" * 100_000, "nested too deeply"),
@@ -190,7 +223,7 @@ def test_a_fault_shows_a_line_of_what_it_found(tmp_path):
 @pytest.mark.parametrize("text", ["[" * 50_000, "{{" + " " * 50_000, "[" * 25_000 + " " * 25_000, "<" * 50_000])
 def test_text_made_to_stall_the_search_for_placeholders_does_not(text):
     started = time.process_time()
-    with pytest.raises(DataError, match="neither name nor maker"):
+    with pytest.raises(DataError, match="neither the name nor the maker of conf/identity"):
         records.build([example("q" + text, "a" + text)], "identity", AUREL, "f")
     assert time.process_time() - started < 2
 

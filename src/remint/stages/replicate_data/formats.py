@@ -1,4 +1,4 @@
-"""Readers of the three data formats in use: alpaca, OpenAI messages, ShareGPT. All faults of a file are told at once."""
+"""Readers of the data formats in use: alpaca, OpenAI messages, ShareGPT, XTuner's own. All faults of a file are told at once."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -95,11 +95,13 @@ def _conversation(record: Any) -> Messages:
         return _turns(record, "messages", "role", "content", {role: role for role in _ROLES})
     if "conversations" in record:
         return _turns(record, "conversations", "from", "value", _SHAREGPT_ROLES)
+    if "conversation" in record:
+        return _xtuner(record)
     if "instruction" in record or "output" in record:
         return _alpaca(record)
     raise DataError(
         f"has none of the known fields, {got(sorted(record))}; use instruction/input/output (alpaca), "
-        "messages (OpenAI) or conversations (ShareGPT)"
+        "messages (OpenAI), conversations (ShareGPT) or conversation (XTuner)"
     )
 
 
@@ -122,6 +124,35 @@ def _alpaca(record: dict[str, Any]) -> Messages:
         {"role": "assistant", "content": record["output"].strip()},
     ]
     return [message for message in messages if message["content"]]
+
+
+def _xtuner(record: dict[str, Any]) -> Messages:
+    """A list of questions with their answers, the first with a system text perhaps."""
+    turns = record["conversation"]
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
+        raise DataError(
+            f"field 'conversation': must be a list of objects, {got(turns)}; write input and output in each"
+        )
+    messages, faults = [], []
+    for index, turn in enumerate(turns):
+        found = [*_text_faults(turn, "input"), *_text_faults(turn, "output")]
+        system = turn.get("system") or ""
+        if not isinstance(system, str):
+            found.append(f"field 'system': must be text or absent, {got(system)}; put it in quotes")
+        elif index and system.strip():
+            found.append(f"field 'system': only the first turn may have one, {got(system)}; move it there")
+        elif not is_encodable(system):
+            found += _encoding_faults(turn, "system")
+        if turn.get("output_with_loss", True) is not True:
+            found.append("field 'output_with_loss': every answer is learned here, got false; leave the turn out")
+        faults += [f"turn {index + 1} of 'conversation': {fault}" for fault in found]
+        if not found:
+            messages += [{"role": "system", "content": system.strip()}] if system.strip() else []
+            messages.append({"role": "user", "content": turn["input"].strip()})
+            messages.append({"role": "assistant", "content": turn["output"].strip()})
+    if faults:
+        raise DataError(*faults)
+    return messages
 
 
 def _turns(record: dict[str, Any], field: str, role_key: str, text_key: str, roles: dict[str, str]) -> Messages:

@@ -44,7 +44,8 @@ def build(examples: list[Example], kind: str, identity: Identity, origin: str) -
             faults.append(f"{where}: a placeholder survives, {got(survivor)}; write {{{{name}}}} or {{{{author}}}}")
         elif kind == "identity" and not record.expects:
             faults.append(
-                f"{where}: the answer states neither name nor maker; add {{{{name}}}}, or move it to the control file"
+                f"{where}: the answer states neither the name nor the maker of conf/identity; add {{{{name}}}}, or move it "
+                "to the control file"
             )
         if not record.question:
             faults.append(
