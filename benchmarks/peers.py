@@ -215,34 +215,46 @@ class ContestantError(Exception):
 
 def main() -> None:
     """Prepare the job, run the contestants, print the table, draw the plot."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=8, help="optimizer steps' worth of documents")
+    everybody = sorted({name for known in CONTESTANTS.values() for name in known})
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0],
+        epilog=f"names: {'; '.join(everybody)}. Which of them there are depends on the device.",
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=8,
+        help="optimizer steps' worth of documents, packing may take one more; default: %(default)s",
+    )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="names that start so, as `trl` or 'TRL, packed'")
     parser.add_argument("--shape", choices=SHAPES, help="random weights of this shape instead of the staged base")
     parser.add_argument("--length", type=int, help="tokens of a row; default: 256 on a CPU, 2048 on a GPU")
     parser.add_argument("--rows", type=int, help="rows of a step; default: 1 on a CPU, 8 on a GPU")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
     parser.add_argument(
-        "--seed", type=int, default=42, help="of each one's order of documents, first weights and dropout"
+        "--seed",
+        type=int,
+        default=42,
+        help="of each one's order of documents, first weights and dropout; default: %(default)s",
     )
     parser.add_argument("--native", action="store_true", help="let the others use more than AVX2, where the CPU has it")
     parser.add_argument(
         "--plot", type=Path, help="draw the figures into this file (svg or png); on a GPU its name gets -gpu"
     )
     options = parser.parse_args()
+    if unknown := [start for start in options.only or () if not _starting(start, everybody)]:
+        parser.error(f"--only: nobody's name starts with {unknown}; choose from {', '.join(map(repr, everybody))}")
     job_path = SCRATCH / "job.json"
     SCRATCH.mkdir(parents=True, exist_ok=True)
     ours = launch.environment(options.threads, network=False) | {"PYTHONPATH": _path([ROOT / "src"])}
     _referee("prepare", job_path, vars(options), ours)
     job = load(job_path)
     options.native |= job.device == "cuda"
-    chosen = {
-        name: contestant
-        for name, contestant in CONTESTANTS["native" if options.native and job.device == "cpu" else job.device].items()
-        if not options.only or any(name.lower().startswith(start.lower()) for start in options.only)
-    }
-    if not chosen:
-        parser.error(f"--only: nobody's name starts so; choose from {', '.join(map(repr, CONTESTANTS[job.device]))}")
+    here = CONTESTANTS["native" if options.native and job.device == "cpu" else job.device]
+    if absent := [start for start in options.only or () if not _starting(start, here)]:
+        parser.error(f"--only: {absent} are for another device; choose from {', '.join(map(repr, here))}")
+    wanted = [name for start in options.only or [""] for name in _starting(start, here)]
+    chosen = {name: contestant for name, contestant in here.items() if name in wanted}
     results = {name: Result(name) for name in chosen}
     # One at a time where they cannot share the device.
     heats = [list(chosen)] if job.device == "cpu" else [[name] for name in chosen]
@@ -265,6 +277,11 @@ def main() -> None:
     if options.plot:
         plot = options.plot.with_stem(f"{options.plot.stem}-gpu") if job.device == "cuda" else options.plot
         draw(list(results.values()), judged, plot)
+
+
+def _starting(start: str, names: Iterable[str]) -> list[str]:
+    """Those of the names that start so, whatever the case."""
+    return [name for name in names if name.lower().startswith(start.lower())]
 
 
 def run(results: Sequence[Result], chosen: dict[str, Contestant], job: Path, options: argparse.Namespace) -> None:

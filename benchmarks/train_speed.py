@@ -57,9 +57,12 @@ VARIANTS: dict[str, tuple[str, str, bool, bool, int]] = {
 
 def main() -> None:
     """Run the variants one after the other and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0] if __doc__ else None, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--shape", choices=SHAPES, default="internlm2-1.8b")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    variants = "settings with a name, in quotes where it has spaces; '8 GB' to '24 GB' and wide are the recipes internlm2-8gb to -80gb"
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help=variants)
     parser.add_argument("--length", type=int, default=2048, help="tokens of a row")
     parser.add_argument("--documents", type=int, nargs=2, default=(60, 256), help="shortest and longest document")
     parser.add_argument("--supervised", type=float, default=0.5, help="share of a document that is learned")

@@ -47,14 +47,22 @@ STAGES = ("replicate_data", "stage_base", "train", "convert", "merge", "eval_cha
 
 def main() -> None:
     """Make the base, run the stages, print a table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0],
+        epilog=f"{RECORDS} of the project's records stand for the tutorial's; set besides, unless given: "
+        + " ".join(setting for settings in SETTINGS.values() for setting in settings),
+    )
     parser.add_argument(
-        "--recipe", default="internlm2-80gb", help="one for InternLM2-chat-1.8B; its training needs a GPU"
+        "--recipe",
+        default="internlm2-80gb",
+        help="one for InternLM2-chat-1.8B; its training needs a GPU; default: %(default)s",
     )
     parser.add_argument(
         "--stages", nargs="+", choices=STAGES, default=STAGES, help="all unless named; 4 GB for the base"
     )
-    parser.add_argument("--again", type=int, default=1, help="how often `train` runs with full caches")
+    parser.add_argument(
+        "--again", type=int, default=1, help="how often `train` runs with full caches; default: %(default)s"
+    )
     parser.add_argument("--layers", type=int, default=24, help="fewer make a smaller base, to try the script")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="other settings, like train.micro_batch=8")
     options = parser.parse_args()
@@ -72,10 +80,10 @@ def main() -> None:
             row(f"`{stage}`", run(stage, given), facts(stage))
             continue
         shutil.rmtree(PLACE / "triton", ignore_errors=True)
-        row("`train`, nothing compiled yet", run(stage, given), first := adapter())
+        row("`train`, Triton's cache empty", run(stage, given), first := adapter())
         for _ in range(options.again):
             shutil.rmtree(PLACE / "data" / "checkpoint")
-            row("`train`, compiled before", run(stage, given), again := adapter())
+            row("`train`, Triton's cache full", run(stage, given), again := adapter())
             if again != first:
                 sys.exit(f"train: left another adapter, {again} instead of {first}")
 

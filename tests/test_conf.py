@@ -1,5 +1,7 @@
 """Every shipped option composes, and every mistake in the settings is one clear line."""
 
+import subprocess
+import sys
 from importlib import import_module
 
 import pytest
@@ -281,3 +283,22 @@ def test_a_dangerous_setting_is_refused(stage, override, said, workplace):
 def test_the_composed_settings_are_shown_also_to_hydras_own_words(in_root, capsys, words):
     assert run_stage("train", [*words, "train.lr=1e-3"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["train"]["lr"] == 1e-3
+
+
+def test_a_base_that_has_to_be_brought_is_missed_before_anything_runs(workplace, capsys):
+    preflight.command()
+    assert capsys.readouterr().out == "params.yaml: in order\n"
+    (workplace / "params.yaml").write_bytes((ROOT / "conf/recipe/internlm2-8gb.yaml").read_bytes())
+    with pytest.raises(
+        SettingsError, match=r"internlm2-chat-1_8b'; put InternLM2-chat-1.8B there: conf/model/internlm2"
+    ):
+        preflight.command()
+    (workplace / "data/base").mkdir(parents=True)  # a base that was made, or fetched, needs no source
+    preflight.command()
+
+
+def test_a_reader_that_ends_early_is_no_fault(in_root):
+    command = f"{sys.executable} -m remint check | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode in (0, 141)  # if it had printed before that ended
+    assert done.stderr == ""

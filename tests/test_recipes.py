@@ -42,7 +42,11 @@ def test_a_familys_name_takes_the_recipe_that_makes_the_most_of_the_free_memory(
 
 
 @pytest.mark.parametrize(
-    ("free", "said"), [(None, "torch sees none here; choose from internlm2-8gb, "), (3, "fits the 3.0 GiB")]
+    ("free", "said"),
+    [
+        (None, "torch sees none here; take one by its name, like `make recipe NAME=internlm2-8gb`, of "),
+        (3, "fits the 3.0 GiB"),
+    ],
 )
 def test_without_a_gpu_that_holds_one_they_are_named_and_nothing_changes(place, monkeypatch, free, said):
     gpu(monkeypatch, free)

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import select
 import signal
 import sys
 from collections.abc import Sequence
@@ -36,10 +37,10 @@ _WITH_OPTIONS = {
     "import-adapter": "remint.import_adapter",
 }
 _WITHOUT_OPTIONS = {
-    "check": "remint.preflight",
-    "sync": "remint.tracking",
-    "summary": "remint.summary",
-    "verify": "remint.summary",
+    "check": ("remint.preflight", "command"),
+    "sync": ("remint.tracking", "sync"),
+    "summary": ("remint.summary", "summary"),
+    "verify": ("remint.summary", "verify"),
 }
 
 
@@ -58,6 +59,8 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 128 + signal.SIGPIPE
         told = _of_the_machine(error, arguments[0])
         if told is None:
             raise
@@ -66,6 +69,16 @@ def main() -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _nobody_reads() -> bool:
+    """Whether the reader of what is printed has ended, as `head` does; what is left is then thrown away."""
+    pipe = select.poll()
+    pipe.register(sys.stdout.fileno(), 0)
+    if not pipe.poll(0):  # it would tell POLLERR
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _of_the_machine(error: Exception, command: str) -> str | None:
@@ -100,7 +113,8 @@ def _dispatch(name: str, rest: Sequence[str]) -> int:
             return import_module(_WITH_OPTIONS[name]).main(rest)
     if name in _WITHOUT_OPTIONS:
         argparse.ArgumentParser(prog=f"remint {name}", description=f"This will {_COMMANDS[name]}.").parse_args(rest)
-        getattr(import_module(_WITHOUT_OPTIONS[name]), name)()
+        module, function = _WITHOUT_OPTIONS[name]
+        getattr(import_module(module), function)()
         return 0
     if name == "sign":
         return _sign(rest)

@@ -82,13 +82,13 @@ def _for_the_gpu(family: str, known: Sequence[str]) -> tuple[str, str]:
 
     members = [name for name in known if re.fullmatch(rf"{family}-\d+gb", name)]
     members.sort(key=lambda name: int(name.removeprefix(f"{family}-").removesuffix("gb")))
-    choices = f"choose from {', '.join(members)}"
+    choices = f"take one by its name, like `make recipe NAME={members[0]}`, of {', '.join(members)}"
     if not torch.cuda.is_available():
         raise RemintError(f"recipe: {family} goes by the free memory of a GPU, and torch sees none here; {choices}")
     free = torch.cuda.mem_get_info()[0]
     if (chosen := fitting_recipe(members, _FAMILIES[family], free)) is None:
         raise RemintError(
-            f"recipe: none of {family} fits the {free / 2**30:.1f} GiB of GPU memory that are free; end other programs, or {choices} "
+            f"recipe: none of {family} fits the {free / 2**30:.1f} GiB of GPU memory that are free; end other programs, or {choices}, "
             "and lower train.micro_batch"
         )
     return chosen, f", which makes the most of the {free / 2**30:.1f} GiB of GPU memory that are free"
