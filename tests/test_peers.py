@@ -1,6 +1,7 @@
 """The benchmark against other projects: turns, contestants that fail, the table, and our own part in it."""
 
 import subprocess
+import sys
 import time
 from argparse import Namespace
 from types import SimpleNamespace
@@ -97,6 +98,15 @@ def test_the_table_has_a_row_for_everyone(peers, tmp_path):
 
 def step(seconds, tokens, learned):
     return {"seconds": seconds, "tokens": tokens, "learned": learned, "places": tokens * 4 // 3}
+
+
+@pytest.mark.parametrize("names", [["trll"], ["trl", "nobody"]])
+def test_a_name_that_nobody_has_is_refused_before_anything_is_prepared(peers, monkeypatch, capsys, names):
+    monkeypatch.setattr(sys, "argv", ["peers.py", "--only", *names])
+    with pytest.raises(SystemExit):
+        peers.main()
+    assert f"nobody's name starts with ['{names[-1]}']; choose from 'Axolotl, defaults'" in capsys.readouterr().err
+    assert not peers.SCRATCH.exists()
 
 
 def test_what_cannot_be_installed_is_told(peers, tmp_path, monkeypatch):
