@@ -1,5 +1,7 @@
 """Every shipped option composes, and every mistake in the settings is one clear line."""
 
+import json
+import shutil
 import subprocess
 import sys
 from importlib import import_module
@@ -302,3 +304,25 @@ def test_a_reader_that_ends_early_is_no_fault(in_root):
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.returncode in (0, 141)  # if it had printed before that ended
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("stage", "told"),
+    [
+        ("stage_base", []),
+        ("convert", ["data/base: is of 'Base', and params.yaml names 'SmolLM2-135M-Instruct'"]),
+        ("train", ["data/base: is of 'Base'", "data/dataset: is of 'Other', and params.yaml names 'Aurel'"]),
+    ],
+)
+def test_a_stage_by_hand_is_told_of_inputs_that_params_yaml_does_not_name(workplace, stage, told):
+    (workplace / "dvc.yaml").symlink_to(ROOT / "dvc.yaml")
+    assert preflight.other_inputs(stage, []) == []  # nothing lies there
+    for place, facts in (("base", {"name": "Base"}), ("dataset", {"identity": {"name": "Other"}})):
+        (workplace / "data" / place).mkdir(parents=True)
+        (workplace / "data" / place / "manifest.json").write_text(json.dumps({"facts": facts}))
+    found = preflight.other_inputs(stage, ["train.lr=1e-3"])
+    assert len(found) == len(told)
+    assert all(line.startswith(start) for line, start in zip(found, told, strict=True))
+    shutil.move(workplace / "data", workplace / "elsewhere")
+    named = preflight.other_inputs(stage, ["paths.base=elsewhere/base", "paths.dataset=elsewhere/dataset"])
+    assert [line.replace("elsewhere", "data") for line in named] == found

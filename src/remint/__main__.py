@@ -153,6 +153,9 @@ def run_stage(stage: str, rest: Sequence[str]) -> int:
     if options.cfg:
         print(OmegaConf.to_yaml(OmegaConf.create(_plain(OmegaConf.to_container(raw, resolve=True)))), end="")
         return 0
+    if not os.environ.get("DVC_STAGE") and workers.rank() is None:
+        for told in preflight.other_inputs(stage, options.overrides):
+            print(f"warning: {told}", file=sys.stderr)
     run = import_module(f"remint.stages.{stage}.run").run
     key = fingerprint.of_stage(stage, raw)
     if "fingerprint" in run.__annotations__:

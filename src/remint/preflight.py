@@ -1,14 +1,17 @@
 """What may be wrong with settings, told before anything heavy is imported and before the first of the stages runs."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import get_type_hints
 
 from remint import fingerprint
 from remint.core.config import Runtime, compose, load_yaml
-from remint.core.errors import SettingsError
+from remint.core.errors import RemintError, SettingsError
+from remint.core.files import read_object
 from remint.core.paths import CONF, PARAMS, Paths
 from remint.identity import Identity
+from remint.manifest import NAME
 from remint.stages.convert.settings import Convert
 from remint.stages.eval_chat.settings import EvalChat
 from remint.stages.merge.settings import Merge
@@ -33,6 +36,31 @@ def command() -> None:
             f"{CONF / 'model' / str(load_yaml(PARAMS)['model'])}.yaml says where it can be had"
         )
     print(f"{PARAMS}: in order")
+
+
+def other_inputs(stage: str, overrides: Sequence[str]) -> list[str]:
+    """What lies in `data` and is not what params.yaml names, of what a stage reads: DVC would make it anew, a stage does not."""
+    with contextlib.suppress(SettingsError):  # of another stage: it is not asked to run
+        settings = compose(_all, overrides)
+        base, dataset = settings["paths"].base, settings["paths"].dataset
+        wanted = {base: settings["model"].name, dataset: settings["identity"].name}
+        declared = fingerprint.declared(stage, {name: str(path) for name, path in vars(settings["paths"]).items()})
+        return [
+            f"{place}: is of {found!r}, and {PARAMS} names {wanted[place]!r}; `make repro` makes it anew"
+            for place in (base, dataset)
+            if place in declared and (found := _name(place)) not in (None, wanted[place])
+        ]
+    return []
+
+
+def _name(place: Path) -> object:
+    """The name of base model or assistant that an artefact's manifest records, None if there is none."""
+    with contextlib.suppress(RemintError):
+        facts = read_object(place / NAME).get("facts")
+        facts = facts if isinstance(facts, dict) else {}
+        identity = facts.get("identity")
+        return identity.get("name") if isinstance(identity, dict) else facts.get("name")
+    return None
 
 
 def asks_as(stage: str) -> Callable[..., None]:
