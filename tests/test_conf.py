@@ -315,11 +315,16 @@ def test_a_reader_that_ends_early_is_no_fault(in_root):
     ],
 )
 def test_a_stage_by_hand_is_told_of_inputs_that_params_yaml_does_not_name(workplace, stage, told):
+    def made(base, assistant):
+        for place, facts in (("base", {"name": base}), ("dataset", {"identity": {"name": assistant}})):
+            (workplace / "data" / place).mkdir(parents=True, exist_ok=True)
+            (workplace / "data" / place / "manifest.json").write_text(json.dumps({"facts": facts}))
+
     (workplace / "dvc.yaml").symlink_to(ROOT / "dvc.yaml")
     assert preflight.other_inputs(stage, []) == []  # nothing lies there
-    for place, facts in (("base", {"name": "Base"}), ("dataset", {"identity": {"name": "Other"}})):
-        (workplace / "data" / place).mkdir(parents=True)
-        (workplace / "data" / place / "manifest.json").write_text(json.dumps({"facts": facts}))
+    made("SmolLM2-135M-Instruct", "Aurel")
+    assert preflight.other_inputs(stage, []) == []
+    made("Base", "Other")
     found = preflight.other_inputs(stage, ["train.lr=1e-3"])
     assert len(found) == len(told)
     assert all(line.startswith(start) for line, start in zip(found, told, strict=True))
