@@ -299,7 +299,9 @@ def test_a_base_that_has_to_be_brought_is_missed_before_anything_runs(workplace,
     preflight.command()
 
 
-def test_a_reader_that_ends_early_is_no_fault(in_root):
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_ends_early_is_no_fault(in_root, monkeypatch, unbuffered):
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
     command = f"{sys.executable} -m remint check | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.returncode in (0, 141)  # if it had printed before that ended

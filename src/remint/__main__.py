@@ -51,7 +51,9 @@ def main() -> int:
         print(_usage())
         return 0
     try:
-        return _dispatch(arguments[0], arguments[1:])
+        status = _dispatch(arguments[0], arguments[1:])
+        sys.stdout.flush()  # here a reader that has ended is still no fault
+        return status
     except Stopped as error:
         print(error, file=sys.stderr)
         return error.status
