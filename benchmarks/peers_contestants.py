@@ -225,11 +225,7 @@ def llamafactory(job: Job, settings: dict[str, Any], folder: Path, clock: Clock)
         **settings,
     }
     _, data, *_ = get_train_args(dict(arguments))
-    if data.packing:
-        columns = _packed_by_llamafactory(job, data)
-    else:
-        ids, labels = zip(*job.documents, strict=True)
-        columns = {"input_ids": ids, "attention_mask": [[1] * len(one) for one in ids], "labels": labels}
+    columns = _packed_by_llamafactory(job, data) if data.packing else _columns(job)
     Dataset.from_dict(columns).save_to_disk(folder / "documents")
     run_exp(arguments, callbacks=[_watch(job, clock)])
     return _versions("llamafactory", "torch", "transformers", "peft", "bitsandbytes")
@@ -244,12 +240,18 @@ def axolotl(job: Job, settings: dict[str, Any], folder: Path, clock: Clock) -> d
     from axolotl.utils.dict import DictDefault
     from datasets import Dataset
 
-    ids, labels = zip(*job.documents, strict=True)
-    columns = {"input_ids": ids, "attention_mask": [[1] * len(one) for one in ids], "labels": labels}
     documents = folder / "documents.parquet"
-    Dataset.from_dict(columns).to_parquet(documents)
-    given = {"packing": settings.get("sample_packing", False)}
-    trainer = _arguments(job, folder, given)
+    Dataset.from_dict(_columns(job)).to_parquet(documents)
+    common = _arguments(job, folder, {"packing": settings.get("sample_packing", False)})
+    same = (
+        "gradient_accumulation_steps",
+        "learning_rate",
+        "weight_decay",
+        "max_grad_norm",
+        "bf16",
+        "seed",
+        "save_strategy",
+    )
     arguments = {
         "base_model": job.base,
         "datasets": [{"path": str(documents), "ds_type": "parquet", "type": ""}],
@@ -262,20 +264,14 @@ def axolotl(job: Job, settings: dict[str, Any], folder: Path, clock: Clock) -> d
         "lora_alpha": job.alpha,
         "lora_dropout": job.dropout,
         "lora_target_modules": job.targets,
-        "micro_batch_size": trainer["per_device_train_batch_size"],
-        "gradient_accumulation_steps": trainer["gradient_accumulation_steps"],
-        "num_epochs": 1,
-        "learning_rate": job.lr,
-        "lr_scheduler": "constant",
-        "optimizer": trainer["optim"],
-        "weight_decay": 0.0,
-        "max_grad_norm": 1.0,
-        "bf16": job.precision == "bfloat16",
+        "micro_batch_size": common["per_device_train_batch_size"],
+        "num_epochs": common["num_train_epochs"],
+        "lr_scheduler": common["lr_scheduler_type"],
+        "optimizer": common["optim"],
         "fp16": False,
         "tf32": False,
-        "seed": job.seed,
-        "save_strategy": "no",
         "output_dir": str(folder),
+        **{name: common[name] for name in same},
         **settings,
     }
     cfg = load_cfg(DictDefault(arguments))
@@ -329,6 +325,12 @@ def _arguments(job: Job, folder: Path, settings: dict[str, Any]) -> dict[str, An
         "use_cpu": job.device == "cpu",
         "bf16": job.precision == "bfloat16",
     }
+
+
+def _columns(job: Job) -> dict[str, Any]:
+    """The documents as those have them that take labels."""
+    ids, labels = zip(*job.documents, strict=True)
+    return {"input_ids": ids, "attention_mask": [[1] * len(one) for one in ids], "labels": labels}
 
 
 def _for_trl(job: Job) -> Any:
