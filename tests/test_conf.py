@@ -1,6 +1,5 @@
 """Every shipped option composes, and every mistake in the settings is one clear line."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from importlib import import_module
 import pytest
 import yaml
 
-from remint import preflight
+from remint import manifest, preflight
 from remint.__main__ import run_stage
 from remint.core import config
 from remint.core.errors import SettingsError
@@ -174,12 +173,12 @@ def test_a_step_is_a_choice_of_a_checkpoint(workplace):
 
 
 def test_mistakes_of_all_stages_are_told_before_the_first_one_runs(workplace):
-    preflight.check()
+    preflight.settings()
     text = (workplace / "params.yaml").read_text(encoding="utf-8")
     text = text.replace("into: original", "into: sky").replace("lr: 3.0e-3", "lr: 0").replace("batch: 40", "batch: 0")
     (workplace / "params.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(SettingsError) as caught:
-        preflight.check()
+        preflight.settings()
     assert [fault.split(":")[1] for fault in caught.value.faults] == [" train.lr", " merge.into", " eval_chat.batch"]
 
 
@@ -288,15 +287,15 @@ def test_the_composed_settings_are_shown_also_to_hydras_own_words(in_root, capsy
 
 
 def test_a_base_that_has_to_be_brought_is_missed_before_anything_runs(workplace, capsys):
-    preflight.command()
+    preflight.check()
     assert capsys.readouterr().out == "params.yaml: in order\n"
     (workplace / "params.yaml").write_bytes((ROOT / "conf/recipe/internlm2-8gb.yaml").read_bytes())
     with pytest.raises(
         SettingsError, match=r"internlm2-chat-1_8b'; put InternLM2-chat-1.8B there: conf/model/internlm2"
     ):
-        preflight.command()
+        preflight.check()
     (workplace / "data/base").mkdir(parents=True)  # a base that was made, or fetched, needs no source
-    preflight.command()
+    preflight.check()
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
@@ -320,7 +319,7 @@ def test_a_stage_by_hand_is_told_of_inputs_that_params_yaml_does_not_name(workpl
     def made(base, assistant):
         for place, facts in (("base", {"name": base}), ("dataset", {"identity": {"name": assistant}})):
             (workplace / "data" / place).mkdir(parents=True, exist_ok=True)
-            (workplace / "data" / place / "manifest.json").write_text(json.dumps({"facts": facts}))
+            manifest.write(workplace / "data" / place, place, facts)
 
     (workplace / "dvc.yaml").symlink_to(ROOT / "dvc.yaml")
     assert preflight.other_inputs(stage, []) == []  # nothing lies there

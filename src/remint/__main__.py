@@ -37,10 +37,10 @@ _WITH_OPTIONS = {
     "import-adapter": "remint.import_adapter",
 }
 _WITHOUT_OPTIONS = {
-    "check": ("remint.preflight", "command"),
-    "sync": ("remint.tracking", "sync"),
-    "summary": ("remint.summary", "summary"),
-    "verify": ("remint.summary", "verify"),
+    "check": "remint.preflight",
+    "sync": "remint.tracking",
+    "summary": "remint.summary",
+    "verify": "remint.summary",
 }
 
 
@@ -115,8 +115,7 @@ def _dispatch(name: str, rest: Sequence[str]) -> int:
             return import_module(_WITH_OPTIONS[name]).main(rest)
     if name in _WITHOUT_OPTIONS:
         argparse.ArgumentParser(prog=f"remint {name}", description=f"This will {_COMMANDS[name]}.").parse_args(rest)
-        module, function = _WITHOUT_OPTIONS[name]
-        getattr(import_module(module), function)()
+        getattr(import_module(_WITHOUT_OPTIONS[name]), name)()
         return 0
     if name == "sign":
         return _sign(rest)
@@ -148,7 +147,7 @@ def run_stage(stage: str, rest: Sequence[str]) -> int:
     # Hydra's own programs want `--cfg job`.
     options = parser.parse_args([word for word in rest if "--cfg" not in rest or word != "job"])
     if os.environ.get("DVC_STAGE"):
-        preflight.check()  # an experiment, too, is to learn of a late stage's mistake before an early one runs
+        preflight.settings()  # an experiment, too, is to learn of a late stage's mistake before an early one runs
     asks = preflight.asks_as(stage)
     raw = config.compose_raw(asks, options.overrides)
     arguments = config.to_objects(asks, raw, options.overrides)

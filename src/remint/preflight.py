@@ -3,15 +3,13 @@
 import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
-from remint import fingerprint
+from remint import fingerprint, manifest
 from remint.core.config import Runtime, compose, load_yaml
 from remint.core.errors import RemintError, SettingsError
-from remint.core.files import read_object
 from remint.core.paths import CONF, PARAMS, Paths
 from remint.identity import Identity
-from remint.manifest import NAME
 from remint.stages.convert.settings import Convert
 from remint.stages.eval_chat.settings import EvalChat
 from remint.stages.merge.settings import Merge
@@ -20,15 +18,15 @@ from remint.stages.stage_base.settings import Model
 from remint.stages.train.settings import Train
 
 
+def settings(overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What params.yaml and the files of conf/ that it names say to all stages, read at once. Raises SettingsError."""
+    return compose(_all, overrides)
+
+
 def check() -> None:
-    """Read params.yaml and the files of conf/ that it names, for all stages at once. Raises SettingsError."""
-    compose(_all)
-
-
-def command() -> None:
-    """The same, and whether the base model is there if it has to be brought by hand; says so if all is well."""
-    settings = compose(_all)
-    model, base = settings["model"], settings["paths"].base
+    """Read them, and see whether the base model is there if it has to be brought by hand; says so if all is well."""
+    found = settings()
+    model, base = found["model"], found["paths"].base
     folder = Path(model.location).expanduser()
     if model.source == "local_folder" and not folder.is_dir() and not base.exists():
         raise SettingsError(
@@ -41,26 +39,28 @@ def command() -> None:
 def other_inputs(stage: str, overrides: Sequence[str]) -> list[str]:
     """What lies in `data` and is not what params.yaml names, of what a stage reads: DVC would make it anew, a stage does not."""
     with contextlib.suppress(SettingsError):  # of another stage: it is not asked to run
-        settings = compose(_all, overrides)
-        base, dataset = settings["paths"].base, settings["paths"].dataset
-        wanted = {base: settings["model"].name, dataset: settings["identity"].name}
-        declared = fingerprint.declared(stage, {name: str(path) for name, path in vars(settings["paths"]).items()})
+        asked = settings(overrides)
+        base, dataset = asked["paths"].base, asked["paths"].dataset
+        identity = _facts(dataset, "dataset").get("identity")
+        names = {
+            base: _facts(base, "base").get("name"),
+            dataset: identity.get("name") if isinstance(identity, dict) else None,
+        }
+        wanted = {base: asked["model"].name, dataset: asked["identity"].name}
+        declared = fingerprint.declared(stage, {name: str(path) for name, path in vars(asked["paths"]).items()})
         return [
-            f"{place}: is of {found!r}, and {PARAMS} names {wanted[place]!r}; `make repro` makes it anew"
+            f"{place}: is of {names[place]!r}, and {PARAMS} names {wanted[place]!r}; `make repro` makes it anew"
             for place in (base, dataset)
-            if place in declared and (found := _name(place)) not in (None, wanted[place])
+            if place in declared and names[place] not in (None, wanted[place])
         ]
     return []
 
 
-def _name(place: Path) -> object:
-    """The name of base model or assistant that an artefact's manifest records, None if there is none."""
+def _facts(place: Path, kind: str) -> dict[str, Any]:
+    """What an artefact's manifest records; nothing if there is none to read, which the stage itself will tell."""
     with contextlib.suppress(RemintError):
-        facts = read_object(place / NAME).get("facts")
-        facts = facts if isinstance(facts, dict) else {}
-        identity = facts.get("identity")
-        return identity.get("name") if isinstance(identity, dict) else facts.get("name")
-    return None
+        return manifest.read(place, kind)
+    return {}
 
 
 def asks_as(stage: str) -> Callable[..., None]:
