@@ -110,10 +110,7 @@ def _alpaca(record: dict[str, Any]) -> Messages:
     for field in ("instruction", "output"):
         faults += _text_faults(record, field)
     for field in ("input", "system"):
-        if record.get(field) is not None and not isinstance(record[field], str):
-            faults.append(f"field {field!r}: must be text or absent, {got(record[field])}; put it in quotes")
-        elif record.get(field):
-            faults += _encoding_faults(record, field)
+        faults += _optional_text_faults(record, field)
     if faults:
         raise DataError(*faults)
     # No newline after the question where there is no input: training and chat must see the same text.
@@ -135,19 +132,15 @@ def _xtuner(record: dict[str, Any]) -> Messages:
         )
     messages, faults = [], []
     for index, turn in enumerate(turns):
-        found = [*_text_faults(turn, "input"), *_text_faults(turn, "output")]
-        system = turn.get("system") or ""
-        if not isinstance(system, str):
-            found.append(f"field 'system': must be text or absent, {got(system)}; put it in quotes")
-        elif index and system.strip():
+        found = [*_text_faults(turn, "input"), *_text_faults(turn, "output"), *_optional_text_faults(turn, "system")]
+        system = "" if found else (turn.get("system") or "").strip()
+        if index and system:
             found.append(f"field 'system': only the first turn may have one, {got(system)}; move it there")
-        elif not is_encodable(system):
-            found += _encoding_faults(turn, "system")
         if turn.get("output_with_loss", True) is not True:
             found.append("field 'output_with_loss': every answer is learned here, got false; leave the turn out")
         faults += [f"turn {index + 1} of 'conversation': {fault}" for fault in found]
         if not found:
-            messages += [{"role": "system", "content": system.strip()}] if system.strip() else []
+            messages += [{"role": "system", "content": system}] if system else []
             messages.append({"role": "user", "content": turn["input"].strip()})
             messages.append({"role": "assistant", "content": turn["output"].strip()})
     if faults:
@@ -196,6 +189,12 @@ def _text_faults(record: dict[str, Any], field: str) -> list[str]:
     if not record[field].strip():
         return [f"field {field!r}: is empty; write the text or drop the record"]
     return _encoding_faults(record, field)
+
+
+def _optional_text_faults(record: dict[str, Any], field: str) -> list[str]:
+    if record.get(field) is not None and not isinstance(record[field], str):
+        return [f"field {field!r}: must be text or absent, {got(record[field])}; put it in quotes"]
+    return _encoding_faults(record, field) if record.get(field) else []
 
 
 def _encoding_faults(record: dict[str, Any], field: str) -> list[str]:
