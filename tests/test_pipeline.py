@@ -37,8 +37,32 @@ ABOVE = {
 }
 
 
+def imported_names(file: Path) -> set[str]:
+    """Dotted names of everything of the package that a file imports, wherever in it the import stands.
+
+    In `from remint.x import y`, y may be a module or something in x: both are named, and so is each package above them.
+    """
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: a relative import, which this test does not follow"
+            names |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
+    parts = [name.split(".") for name in names if name.split(".")[0] == "remint"]
+    return {".".join(some[:length]) for some in parts for length in range(2, len(some) + 1)}
+
+
+def has_code(file: Path) -> bool:
+    """Whether a file holds more than a docstring."""
+    return len(ast.parse(file.read_text(encoding="utf-8")).body) > 1
+
+
 def imported(file: Path) -> set[Path]:
-    """Files of the package that `file` imports, directly or not."""
+    """Files with code that `file` imports from the package, directly or not, and itself.
+
+    The package's own `__init__` is left out: it holds the version, which no result depends on.
+    """
     seen: set[Path] = set()
     todo = [file]
     while todo:
@@ -46,12 +70,29 @@ def imported(file: Path) -> set[Path]:
         if current in seen:
             continue
         seen.add(current)
-        for node in ast.walk(ast.parse(current.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "remint":
-                base = SRC / (node.module or "").replace(".", "/")
-                names = [base.with_suffix(".py"), *(base / f"{alias.name}.py" for alias in node.names)]
-                todo += [path for path in names if path.exists()]
+        for name in imported_names(current):
+            base = SRC / name.replace(".", "/")
+            todo += [
+                path for path in (base.with_suffix(".py"), base / "__init__.py") if path.exists() and has_code(path)
+            ]
     return seen
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from remint import kernels",
+        "import remint.kernels",
+        "from remint.kernels import head",
+        "    import remint.kernels as k",
+    ],
+)
+def test_an_import_is_followed_into_a_package_however_it_is_written(line, tmp_path):
+    file = tmp_path / "stage.py"
+    file.write_text(f"if True:\n    {line.strip()}\n" if line.startswith(" ") else line)
+    found = imported(file)
+    assert {SRC / f"remint/kernels/{name}.py" for name in ("__init__", "adapted", "head")} <= found
+    assert SRC / "remint/libraries.py" in found
 
 
 def test_every_stage_has_a_folder_of_its_own_name():
