@@ -45,16 +45,18 @@ def remint(job: Job, settings: dict[str, Any], folder: Path, clock: Clock) -> di
     """Ours: the loop of the stage `train`."""
     import torch
 
-    from remint import determinism, modeling
-    from remint.core import config
-    from remint.loss import SupervisedLoss
-    from remint.packing import document
-    from remint.stages.train.group import Group
+    from remint.compute import determinism
+    from remint.compute.loss import SupervisedLoss
+    from remint.compute.packing import document
+    from remint.core.settings import Runtime
+    from remint.model import loading, lora, quantization
+    from remint.runner import config
     from remint.stages.train.loop import Finished, train_steps
     from remint.stages.train.plan import Batches, make_plan
+    from remint.stages.train.process_group import ProcessGroup
     from remint.stages.train.settings import Train
 
-    def wanted(train: Train, runtime: config.Runtime) -> None: ...
+    def wanted(train: Train, runtime: Runtime) -> None: ...
 
     given = {
         "lr": job.lr,
@@ -80,10 +82,10 @@ def remint(job: Job, settings: dict[str, Any], folder: Path, clock: Clock) -> di
     composed = config.compose(wanted, [f"train.{name}={value}" for name, value in {**given, **settings}.items()])
     train = composed["train"]
     determinism.apply(composed["runtime"])
-    model = modeling.load_model(Path(job.base), modeling.DTYPES[job.precision], modeling.device())
-    modeling.quantize(model, train.quantization)
+    model = loading.load_model(Path(job.base), loading.TORCH_DTYPES[job.precision], loading.device())
+    quantization.quantize(model, train.quantization)
     determinism.seed_step(job.seed, "lora", 0)
-    loss_of = SupervisedLoss(modeling.add_lora(model, train.lora), fused=train.kernels == "fused")
+    loss_of = SupervisedLoss(lora.add_lora(model, train.lora), fused=train.kernels == "fused")
     optimizer = torch.optim.AdamW(
         [p for p in loss_of.parameters() if p.requires_grad], lr=job.lr, weight_decay=0.0, fused=True
     )
@@ -95,7 +97,7 @@ def remint(job: Job, settings: dict[str, Any], folder: Path, clock: Clock) -> di
     def on_step(*_: Any) -> None:
         step = next(steps)
         sizes = [[len(documents[i].ids) for i in row] for batch in batches.plan.of_step(step) for row in batch]
-        clock.end_step([batches.tokens(step), batches.learned(step), len(sizes) * max(map(sum, sizes))])
+        clock.end_step([batches.plan.tokens(step), batches.learned(step), len(sizes) * max(map(sum, sizes))])
 
     class Nobody:
         def awaits(self, step: int) -> bool:
@@ -107,7 +109,7 @@ def remint(job: Job, settings: dict[str, Any], folder: Path, clock: Clock) -> di
     _forget(job)
     clock.begin()
     constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    train_steps(loss_of, optimizer, constant, batches, train, job.seed, Nobody(), Group(0, 1))
+    train_steps(loss_of, optimizer, constant, batches, train, job.seed, Nobody(), ProcessGroup(0, 1))
     loss_of.model.save_pretrained(folder)
     return _versions("torch", "transformers", "peft", "bitsandbytes")
 

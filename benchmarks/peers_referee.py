@@ -17,14 +17,15 @@ from peers_job import IGNORED, Job, load
 from safetensors.torch import load_file
 from train_speed import SHAPES, roof
 
-from remint import chat, determinism, modeling
-from remint.core import config
-from remint.core.config import Runtime
+from remint.compute import determinism
+from remint.compute.kernels.layers import LINEARS
+from remint.compute.loss import SupervisedLoss, mean_loss
+from remint.compute.packing import Document, document, encode
 from remint.core.errors import one_line
-from remint.kernels.layers import LINEARS
-from remint.loss import SupervisedLoss, mean_loss
-from remint.packing import Document, document, encode
-from remint.qlora import Lora, Quantization
+from remint.core.settings import Runtime
+from remint.model import loading, lora, quantization, template
+from remint.model.qlora import Lora, Quantization
+from remint.runner import config
 
 ROOT = Path(__file__).parents[1]
 # Tokens of the documents that nobody trains on.
@@ -35,7 +36,7 @@ WORDS = ("<unk>", "<s>", "</s>", "<pad>")
 
 def prepare(path: Path, options: dict[str, Any]) -> None:
     """Write the job: the staged base and the data set if they are there and no shape is asked for, else random ones."""
-    where = modeling.device()
+    where = loading.device()
     on_gpu = where.type == "cuda"
     length = options["length"] or (2048 if on_gpu else 256)
     rows = options["rows"] or (8 if on_gpu else 1)
@@ -79,11 +80,11 @@ def _staged(staged: Any, folder: Path, length: int, tokens: int) -> tuple[list[D
     for name in ("config.json", "generation_config.json", "model.safetensors"):
         if (staged.base / name).exists():
             (folder / name).symlink_to((staged.base / name).resolve())
-    tokenizer = modeling.load_tokenizer(staged.base)
-    conversation = chat.load(staged.base)
+    tokenizer = loading.load_tokenizer(staged.base)
+    conversation = template.load(staged.base)
 
     def documents(part: str) -> list[Document]:
-        found = encode(tokenizer, conversation, chat.read_conversations(staged.dataset / f"{part}.jsonl"))
+        found = encode(tokenizer, conversation, template.read_conversations(staged.dataset / f"{part}.jsonl"))
         order = np.random.default_rng(0).permutation(len(found))
         return [found[i] for i in order if len(found[i].ids) <= length]
 
@@ -133,7 +134,7 @@ def _first(documents: list[Document], tokens: int) -> list[Document]:
 def judge(path: Path, folders: dict[str, tuple[str, bool]]) -> dict[str, Any]:
     """Losses of the adapters on the held-out documents, each on the weights that it was trained on, by one code."""
     job = load(path)
-    where, dtype = modeling.device(), modeling.DTYPES[job.precision]
+    where, dtype = loading.device(), loading.TORCH_DTYPES[job.precision]
     determinism.apply(Runtime(torch.get_num_threads(), deterministic=False))
     held_out = [document(ids, [label != IGNORED for label in labels]) for ids, labels in job.held_out]
     losses: dict[str, float] = {}
@@ -141,11 +142,11 @@ def judge(path: Path, folders: dict[str, tuple[str, bool]]) -> dict[str, Any]:
     untrained = float("nan")
     sizes: dict[str, int] = {}
     for is_quantized in (False, True):
-        model = modeling.load_model(Path(job.base), dtype, where)
+        model = loading.load_model(Path(job.base), dtype, where)
         head = model.get_output_embeddings().weight.numel()
-        sizes = {"linear": sum(layer.weight.numel() for layer in modeling.linears(model).values()), "head": head}
-        modeling.quantize(model, Quantization("nf4" if is_quantized else "none", True, 64, "once"))
-        adapted = SupervisedLoss(modeling.add_lora(model, Lora(job.rank, job.alpha, job.dropout, job.targets)))
+        sizes = {"linear": sum(layer.weight.numel() for layer in quantization.linears(model).values()), "head": head}
+        quantization.quantize(model, Quantization("nf4" if is_quantized else "none", True, 64, "once"))
+        adapted = SupervisedLoss(lora.add_lora(model, Lora(job.rank, job.alpha, job.dropout, job.targets)))
         # Without its cache: the adapters change under it.
         with torch.autocast(where.type, dtype=dtype, cache_enabled=False, enabled=where.type == "cuda"):
             if is_quantized:

@@ -43,7 +43,7 @@ def best(work: Callable[[], object], times: int = 3) -> float:
 
 def packing(folder: Path) -> Iterator[Point]:
     """Documents into rows of 2048: best fit, each whole, against one long text that is cut every 2048 tokens."""
-    from remint.packing import collate, document, pack
+    from remint.compute.packing import collate, document, pack
 
     random = np.random.default_rng(0)
     length = 2048
@@ -85,8 +85,8 @@ def packing(folder: Path) -> Iterator[Point]:
 
 def replicate(folder: Path) -> Iterator[Point]:
     """The stage replicate_data as a whole, on the project's own records."""
-    from remint.core import config
     from remint.core.log import silent
+    from remint.runner import config
     from remint.stages.replicate_data.run import run
 
     for copies in (10, 30, 100, 300, 1000):
@@ -122,7 +122,7 @@ def _no_bars() -> Iterator[None]:
 
 def hashing(folder: Path) -> Iterator[Point]:
     """A file's sha256 as manifests take it, against hashlib fed from the file by a large buffer, and from memory."""
-    from remint.manifest import file_digest
+    from remint.core.manifest import file_digest
 
     for size in (2**24, 2**26, 2**28, 2**30):
         data = np.random.default_rng(0).bytes(size)
@@ -221,11 +221,12 @@ def measure_merge(source: Path, out: Path) -> dict[str, float]:
     """Merge and copy in turns: from the page cache to it, and from a disk to it; memory in MB as Linux counts it."""
     import torch
 
-    from remint import adapter, determinism, shards
-    from remint.core.config import Runtime
-    from remint.kernels.layers import LINEARS
-    from remint.qlora import Lora
-    from remint.stages.merge.weights import write_merged
+    from remint.compute import determinism
+    from remint.compute.kernels.layers import LINEARS
+    from remint.core.settings import Runtime
+    from remint.model.qlora import Lora
+    from remint.stages.merge.tensors import write_merged
+    from remint.weights import adapter, shards
 
     determinism.apply(Runtime(2, True))
     lora = Lora(64, 16, 0.1, list(LINEARS))
@@ -313,7 +314,7 @@ def fresh(folder: Path) -> Path:
 
 def shapes(layers: int, shape: tuple[int, int, int, int, int]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes of a Llama's tensors."""
-    from remint.kernels.layers import LINEARS, MLP
+    from remint.compute.kernels.layers import LINEARS, MLP
 
     hidden, inner, heads, few, vocabulary = shape
     narrow = hidden // heads * few
@@ -335,7 +336,7 @@ def write_llama(folder: Path, layers: int, dtype: Any, shape: Any = SMOLLM2, sha
     import torch
     from transformers import LlamaConfig
 
-    from remint import shards
+    from remint.weights import shards
 
     writer = shards.Writer(fresh(folder), shard_mb * 2**20)
     generator = torch.Generator().manual_seed(0)

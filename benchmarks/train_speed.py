@@ -104,14 +104,15 @@ def measure(options: argparse.Namespace, variant: str) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from remint import determinism, modeling
-    from remint.core.config import Runtime
-    from remint.kernels.layers import LINEARS
-    from remint.loss import SupervisedLoss
-    from remint.packing import collate, document, moved, pack
+    from remint.compute import determinism
+    from remint.compute.kernels.layers import LINEARS
+    from remint.compute.loss import SupervisedLoss
+    from remint.compute.packing import collate, document, moved, pack
+    from remint.core.settings import Runtime
+    from remint.model import loading, lora, quantization
 
     kernels, dequantize, checkpointing, deterministic, micro_batch = VARIANTS[variant]
-    where = modeling.device()
+    where = loading.device()
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
     determinism.apply(Runtime(threads=2, deterministic=deterministic))
     torch.manual_seed(0)
@@ -119,12 +120,14 @@ def measure(options: argparse.Namespace, variant: str) -> dict[str, Any]:
     with torch.device(where):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     model.requires_grad_(False)
-    modeling.quantize(model, modeling.Quantization("nf4", True, 64, dequantize))
+    quantization.quantize(model, loading.Quantization("nf4", True, 64, dequantize))
     torch.cuda.empty_cache() if where.type == "cuda" else None
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    linear = sum(w.in_features * w.out_features for w in modeling.linears(model).values())  # before LoRA has its own
-    adapted = modeling.add_lora(model, modeling.Lora(options.rank, 16, options.dropout, list(LINEARS)))
+    linear = sum(
+        w.in_features * w.out_features for w in quantization.linears(model).values()
+    )  # before LoRA has its own
+    adapted = lora.add_lora(model, loading.Lora(options.rank, 16, options.dropout, list(LINEARS)))
     loss_of = SupervisedLoss(adapted, fused=kernels == "fused").train()
     trained = [p for p in loss_of.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)

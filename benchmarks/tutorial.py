@@ -66,13 +66,15 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=24, help="fewer make a smaller base, to try the script")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="other settings, like train.micro_batch=8")
     options = parser.parse_args()
-    recipe = ROOT / "conf" / "recipe" / f"{options.recipe}.yaml"
-    if not recipe.is_file() or f"model: {MODEL} " not in recipe.read_text(encoding="utf-8"):
+    from remint.runner import recipes
+
+    os.chdir(ROOT)
+    if options.recipe not in recipes.names() or recipes.settings(options.recipe)["model"] != MODEL:
         parser.error(f"--recipe: must be one for {MODEL}, got {options.recipe!r}; see `make recipes PATTERN=internlm2`")
     for setting in options.settings:
         if not setting.startswith(tuple(f"{stage}." for stage in STAGES)):
             parser.error(f"{setting}: must begin with a stage, like train.micro_batch=8")
-    prepare(recipe, options.layers)
+    prepare(recipes.text(options.recipe), options.layers)
     print("| stage | seconds | |\n|---|---|---|", flush=True)
     for stage in options.stages:
         given = [*SETTINGS.get(stage, []), *(s for s in options.settings if s.startswith(f"{stage}."))]
@@ -93,9 +95,9 @@ def row(name: str, seconds: float, told: str) -> None:
     print(f"| {name} | {seconds:.1f} | {told} |", flush=True)
 
 
-def prepare(recipe: Path, layers: int) -> None:
+def prepare(params: str, layers: int) -> None:
     """A folder in which the stages find what they declare: settings, sources, code, the base in its own layout."""
-    from remint import manifest
+    from remint.core import manifest
 
     shutil.rmtree(PLACE, ignore_errors=True)
     (PLACE / "data").mkdir(parents=True)
@@ -107,7 +109,7 @@ def prepare(recipe: Path, layers: int) -> None:
     (PLACE / "data/source/identity.json").write_text(json.dumps(identity, ensure_ascii=False), encoding="utf-8")
     base = PLACE / "internlm2-chat-1_8b"
     write_base(base, {**CONFIG, "num_hidden_layers": layers})
-    text = recipe.read_text(encoding="utf-8").replace("control: [data/source/control.json]", "control: []")
+    text = params.replace("control: [data/source/control.json]", "control: []")
     (PLACE / "params.yaml").write_text(text, encoding="utf-8")
     spec = PLACE / "conf" / "model" / f"{MODEL}.yaml"
     sums = "".join(f"  {file.name}: {manifest.file_digest(file)}\n" for file in sorted(base.iterdir()))
@@ -118,7 +120,7 @@ def write_base(folder: Path, config: dict[str, Any]) -> None:
     """Random weights, config and SentencePiece model as the publisher's folder has them."""
     import torch
 
-    from remint import shards
+    from remint.weights import shards
     from tests.conftest import write_sentencepiece
 
     folder.mkdir()

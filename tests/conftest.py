@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from remint.chat import Conversation, Template, Turn
+from remint.model.template import Conversation, Template, Turn
 
 ROOT = Path(__file__).parents[1]
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -180,14 +180,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """folder, tokenizer, conversation of the tiny model; `model()` loads it anew."""
     import torch
 
-    from remint import modeling
+    from remint.model import loading
 
     folder = write_tiny_model(tmp_path_factory.mktemp("tiny"))
     return SimpleNamespace(
         folder=folder,
-        tokenizer=modeling.load_tokenizer(folder),
+        tokenizer=loading.load_tokenizer(folder),
         conversation=Conversation(CHATML, system=""),
-        model=lambda: modeling.load_model(folder, torch.float32, torch.device("cpu")),
+        model=lambda: loading.load_model(folder, torch.float32, torch.device("cpu")),
     )
 
 

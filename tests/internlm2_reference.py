@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from remint import manifest
+from remint.core import manifest
 from remint.core.log import silent
 from remint.core.paths import Paths
 from remint.stages.stage_base.run import run

@@ -41,6 +41,7 @@ class Engine:
         self.project, self.bin = root / "a folder with spaces", root / "bin"
         (self.project / "docker").mkdir(parents=True)
         shutil.copy(ROOT / "docker/run", self.project / "docker")
+        shutil.copy(ROOT / "dvc.yaml", self.project)
         self.bin.mkdir()
         (self.bin / "docker").write_text(ENGINE, encoding="utf-8")
         (self.bin / "docker").chmod(0o755)

@@ -6,12 +6,12 @@ import os
 import pytest
 import torch
 
-from remint import manifest
+from remint.core import manifest
 from remint.stages.train import checkpoint
 from remint.stages.train.checkpoint import Draft
 from tests.crash import crashing
 
-IDENTITY = {"fingerprint": "f"}
+CONDITIONS = {"fingerprint": "f"}
 
 
 def make(target, text):
@@ -23,7 +23,7 @@ def make(target, text):
 
 
 def save(root, step):
-    Draft(root, step, {"adapter.x": torch.full((64,), float(step))}).finish({"history": [step]}, IDENTITY)
+    Draft(root, step, {"adapter.x": torch.full((64,), float(step))}).finish({"history": [step]}, CONDITIONS)
 
 
 def crash_everywhere(tmp_path, monkeypatch, prepare, act):
@@ -70,10 +70,10 @@ def test_the_newest_whole_checkpoint_outlives_a_crash_in_a_save(tmp_path, monkey
 
     seen, ends = [], []
     for root in crash_everywhere(tmp_path, monkeypatch, prepare, act):
-        found = checkpoint.load_newest(root, IDENTITY)
+        found = checkpoint.load_newest(root, CONDITIONS)
         assert found.tensors["adapter.x"].tolist() == [found.step] * 64
         assert found.state == {"history": [found.step]}
-        checkpoint.check(root, {})
+        checkpoint.check_saved(root, {})
         seen.append(found.step)
         if found.step == 4:
             save(root, 6)
@@ -89,7 +89,7 @@ def test_the_newest_whole_checkpoint_outlives_a_crash_in_a_save(tmp_path, monkey
 def test_the_first_checkpoint_is_there_or_not(tmp_path, monkeypatch):
     seen = []
     for root in crash_everywhere(tmp_path, monkeypatch, lambda root: None, lambda root: save(root / "steps", 2)):
-        found = checkpoint.load_newest(root / "steps", IDENTITY)
+        found = checkpoint.load_newest(root / "steps", CONDITIONS)
         seen.append(found is not None)
     assert seen == sorted(seen)
     assert set(seen) == {False, True}
@@ -103,7 +103,7 @@ def test_a_store_that_is_thrown_away_is_there_or_not(tmp_path, monkeypatch, caps
         save(root / "steps", 4)
 
     for root in crash_everywhere(tmp_path, monkeypatch, prepare, lambda root: checkpoint.discard(root / "steps")):
-        found = checkpoint.load_newest(root / "steps", IDENTITY)
+        found = checkpoint.load_newest(root / "steps", CONDITIONS)
         seen.append(found.step if found else 0)
         checkpoint.discard(root / "steps")
         assert not list(root.iterdir())
@@ -120,6 +120,6 @@ def test_a_start_that_crashes_while_it_sets_damage_aside_can_be_repeated(tmp_pat
         (root / ".draft-00000006").mkdir()
         (root / ".draft-00000006/state.json").write_text("{")
 
-    for root in crash_everywhere(tmp_path, monkeypatch, prepare, lambda root: checkpoint.load_newest(root, IDENTITY)):
-        assert checkpoint.load_newest(root, IDENTITY).step == 2
+    for root in crash_everywhere(tmp_path, monkeypatch, prepare, lambda root: checkpoint.load_newest(root, CONDITIONS)):
+        assert checkpoint.load_newest(root, CONDITIONS).step == 2
         assert sorted(path.name for path in root.iterdir()) == ["damaged-00000004", "step-00000002"]

@@ -17,8 +17,9 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from remint.core.paths import ARTEFACTS
 from tests.conftest import to_internlm2, write_sentencepiece, write_tiny_model
-from tests.workplace import ARTEFACTS, STAGES, Workplace, clone, wait_for, with_tiny_model
+from tests.workplace import STAGES, Workplace, clone, wait_for, with_tiny_model
 
 pytestmark = pytest.mark.slow
 

@@ -18,13 +18,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from remint import __main__, manifest, memory, modeling, recipes, tracking
-from remint.core.config import Runtime
+from remint import __main__
+from remint.compute.generation import Sampling, generate
+from remint.core import manifest
 from remint.core.errors import ArtefactError, DataError, RemintError
 from remint.core.log import silent
 from remint.core.paths import Paths
-from remint.generation import Sampling, generate
+from remint.core.settings import Runtime
 from remint.identity import Identity
+from remint.model import loading
+from remint.runner import memory, tracking
 from remint.stages.convert.run import run as convert
 from remint.stages.convert.settings import Convert
 from remint.stages.eval_chat.run import run as eval_chat
@@ -171,11 +174,11 @@ def test_a_full_disk_costs_no_checkpoint_and_the_run_goes_on(tmp_path):
 
 def test_a_full_disk_does_not_cut_params_yaml(tmp_path, monkeypatch, outcome):
     shutil.copytree(ROOT / "conf", tmp_path / "conf")
-    before = (ROOT / "conf/recipe/cpu.yaml").read_bytes()
+    before = (ROOT / "params.yaml").read_bytes()
     (tmp_path / "params.yaml").write_bytes(before)
     monkeypatch.chdir(tmp_path)
     with room_for(100):
-        status, told = outcome(lambda: recipes.main("recipe", ["smoke"]))
+        status, told = outcome(lambda: __main__.call(["recipe", "smoke"]))
     assert status == 1
     assert "disk is full" in told[0]
     assert (tmp_path / "params.yaml").read_bytes() == before
@@ -298,10 +301,10 @@ def test_a_base_that_changed_is_told(stage, said, place):
 
 
 def test_a_merged_model_that_says_something_else_is_not_kept(place, monkeypatch):
-    from remint.stages.merge import weights
+    from remint.stages.merge import tensors
 
     before = content(PATHS.model)
-    monkeypatch.setattr(weights, "merge_tensor", lambda weight, *_: weight * 1.5)
+    monkeypatch.setattr(tensors, "merge_tensor", lambda weight, *_: weight * 1.5)
     with pytest.raises(ArtefactError, match=r"mean divergence from base \+ adapter must be at most 0\.01"):
         run("merge")
     assert content(PATHS.model) == before
@@ -315,7 +318,7 @@ def test_no_gpu_where_one_is_wanted_is_told(monkeypatch):
     monkeypatch.setenv("REMINT_DEVICE", "cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RemintError, match="no GPU that torch can use"):
-        modeling.device()
+        loading.device()
 
 
 def test_without_git_a_run_has_no_commit_and_goes_on(monkeypatch):
@@ -360,7 +363,7 @@ def test_a_password_in_the_servers_address_is_not_shown(monkeypatch, capsys):
 def test_a_locked_tracking_database_stops_nothing(tmp_path):
     code = """
 import sqlite3, sys
-from remint import tracking
+from remint.runner import tracking
 tracking._circumstances = dict
 tracking._connect()
 holder = sqlite3.connect(sys.argv[1])

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from remint import manifest
+from remint.core import manifest
 from tests.workplace import STAGES, imported, processes_in, wait_for, with_tiny_model
 
 pytestmark = pytest.mark.slow

@@ -151,7 +151,7 @@ def test_ours_trains_the_very_documents(tmp_path, monkeypatch):
     import peers_referee
     from peers_job import IGNORED, Job
 
-    from remint.packing import document
+    from remint.compute.packing import document
 
     assert peers_referee.row(document([5, 6, 7, 8], [False, True, False, True])) == [[5, 6, 7, 8], [-100, 6, -100, 8]]
     base = write_tiny_model(tmp_path / "base")

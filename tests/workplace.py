@@ -11,12 +11,13 @@ import time
 from pathlib import Path
 
 import psutil
+import yaml
 
 from remint.core import launch
+from remint.runner import recipes
 from tests.conftest import ROOT, write_tiny_model
 
-STAGES = ["replicate_data", "stage_base", "train", "convert", "merge", "eval_chat"]
-ARTEFACTS = ("dataset", "base", "checkpoint", "adapter", "model", "report")
+STAGES = list(yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"])
 CHANGES = {
     "model: smollm2-135m-instruct ": "model: tiny ",
     "  identity_copies: 3 ": "  identity_copies: 1 ",
@@ -140,7 +141,8 @@ def clone(root, recipe, changes):
             shutil.copy2(ROOT / name, root / name)
     made = Workplace(root)
     (root / ".venv").symlink_to(sys.prefix)
-    (root / "params.yaml").write_bytes((ROOT / f"conf/recipe/{recipe}.yaml").read_bytes())
+    with contextlib.chdir(ROOT):
+        (root / "params.yaml").write_text(recipes.text(recipe), encoding="utf-8")
     for old, new in changes.items():
         made.edit(old, new)
     return made

@@ -5,7 +5,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from remint.core.config import check
+from remint.core.settings import check_ranges
 
 # The spellings that public self-cognition data sets use, most explicit first. The bare words count only where they
 # stand alone in capitals, so that "NAMED" or "my name" stay as they are.
@@ -46,7 +46,7 @@ class Identity:
 
     def __post_init__(self) -> None:
         values = {key: value for key, value in vars(self).items() if value is not None}
-        check(
+        check_ranges(
             "identity",
             *((_is_plain(value), key, value, "must be one line of visible text") for key, value in values.items()),
         )

@@ -6,7 +6,8 @@ import subprocess
 
 import pytest
 
-from tests.workplace import ARTEFACTS, STAGES, Workplace, free_port, with_tiny_model
+from remint.core.paths import ARTEFACTS
+from tests.workplace import STAGES, Workplace, free_port, with_tiny_model
 
 DOCKER = os.environ.get("DOCKER", "docker")
 ENGINE = {"RUNNER": "docker", "DOCKER": DOCKER, "REMINT_IMAGE": os.environ.get("REMINT_IMAGE", "remint")}

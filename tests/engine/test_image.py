@@ -9,8 +9,9 @@ from functools import partial
 
 import pytest
 
+from remint.core.paths import ARTEFACTS
 from tests.engine.conftest import ENGINE, copy, docker
-from tests.workplace import ARTEFACTS, wait_for
+from tests.workplace import wait_for
 
 pytestmark = pytest.mark.engine
 

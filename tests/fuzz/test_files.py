@@ -13,21 +13,24 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from safetensors.torch import save, save_file
 
-from remint import adapter, chat, fingerprint, manifest, shards
-from remint.chat import Conversation, Template, Turn
-from remint.core import config
+from remint.core import manifest
 from remint.core.files import read_rows
 from remint.identity import Identity
-from remint.modeling import device
-from remint.qlora import Lora
+from remint.model import checkpoint_layout, template
+from remint.model.loading import device
+from remint.model.qlora import Lora
+from remint.model.template import Conversation, Template, Turn
+from remint.runner import config, fingerprint
 from remint.stages.replicate_data import formats, records
 from remint.stages.stage_base import gguf_header, sources
 from remint.stages.train import checkpoint, loop
 from remint.stages.train.checkpoint import Draft
+from remint.weights import adapter, shards
 from tests.conftest import CHATML, ROOT
 from tests.fuzz.conftest import EXAMPLES, sandbox, survives
 from tests.fuzz.mutations import spoilt, spoilt_bytes, spoilt_json
 from tests.stages.test_stage_base import BASE, HEAD, number, wheel
+from tests.workplace import STAGES
 
 settings.load_profile("fuzz")
 few = settings(max_examples=EXAMPLES // 5 or 3)  # Hydra takes as long as ten of the others
@@ -40,7 +43,6 @@ RECORDS = [
     {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "I am NAME by AUTHOR."}]},
     {"conversation": [{"system": "", "input": "q", "output": "I am NAME by AUTHOR."}]},
 ]
-STAGES = ["replicate_data", "stage_base", "train", "convert", "merge", "eval_chat"]
 PARAMS = OmegaConf.to_container(OmegaConf.load(ROOT / "params.yaml"))
 
 
@@ -147,7 +149,7 @@ with sandbox() as _folder:
     adapter.write({"base_model.model.l.lora_A.weight": torch.zeros(2, 4)}, Lora(2, 4, 0.1, ["l"]), "tiny", _folder)
     ADAPTER = json.loads((_folder / adapter.CONFIG).read_text())
     Conversation(CHATML, "Be brief.").save(_folder)
-    TEMPLATE = json.loads((_folder / chat.NAME).read_text())
+    TEMPLATE = json.loads((_folder / template.NAME).read_text())
 TENSORS = {"a": torch.zeros(4), "b": torch.ones(2, 3, dtype=torch.bfloat16), "c": torch.zeros((), dtype=torch.int64)}
 SAFETENSORS = save(TENSORS, metadata={"format": "pt"})
 HEADER_BYTES = int.from_bytes(SAFETENSORS[:8], "little")
@@ -169,7 +171,7 @@ def test_manifests(data):
     with sandbox() as folder:
         artefact(folder / "x")
         (folder / "x" / manifest.NAME).write_bytes(data)
-        for read in (manifest.verify, manifest.read, manifest.identity):
+        for read in (manifest.verify, manifest.read, manifest.artefact_digest):
             survives(lambda read=read: read(folder / "x", "thing"))
 
 
@@ -215,12 +217,12 @@ def test_shard_indices(data):
 STATE = {"history": [{"step": 1, "loss": 2.0}], "samples": [], "best_step": None, "best_loss": 1.5}
 
 
-@given(spoilt_bytes(SAFETENSORS), spoilt_json(STATE), spoilt({"step": 2, "identity": {"key": "a"}}), st.booleans())
+@given(spoilt_bytes(SAFETENSORS), spoilt_json(STATE), spoilt({"step": 2, "conditions": {"key": "a"}}), st.booleans())
 def test_checkpoints(tensors, state, facts, kept):
     with sandbox() as folder:
         for step in (1, 2):
             Draft(folder / "steps", step, TENSORS).finish(STATE, {"key": "a"})
-        newest = folder / "steps" / checkpoint.folder_name(2)
+        newest = folder / "steps" / checkpoint_layout.folder_name(2)
         (newest / "state.json").write_bytes(state)
         if not kept:
             (newest / "state.safetensors").write_bytes(tensors)
@@ -235,7 +237,7 @@ def test_rows(lines):
     with sandbox() as folder:
         (folder / "x.jsonl").write_bytes(b"\n".join(lines))
         survives(lambda: read_rows(folder / "x.jsonl"))
-        survives(lambda: chat.read_conversations(folder / "x.jsonl"))
+        survives(lambda: template.read_conversations(folder / "x.jsonl"))
 
 
 @given(spoilt_json(ADAPTER))
@@ -249,11 +251,11 @@ def test_adapters(data):
 @given(spoilt_json(TEMPLATE))
 def test_templates(data):
     with sandbox() as folder:
-        (folder / chat.NAME).write_bytes(data)
-        found = survives(lambda: chat.load(folder))
+        (folder / template.NAME).write_bytes(data)
+        found = survives(lambda: template.load(folder))
         if found:
             found.save(folder)
-            assert chat.load(folder) == found
+            assert template.load(folder) == found
 
 
 MARKUP = st.text(
@@ -284,7 +286,7 @@ GGUF = GGUF_START + number(1) + b"t" + number(1, 4) + number(4) + number(0, 4) +
 def test_gguf_headers(data):
     with sandbox() as folder:
         (folder / "m.gguf").write_bytes(data)
-        survives(lambda: gguf_header.check(folder / "m.gguf"))
+        survives(lambda: gguf_header.check_header(folder / "m.gguf"))
 
 
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=8))

@@ -8,7 +8,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from remint import chat, modeling
+from remint.model import loading, template
 from remint.stages.stage_base import layout
 from tests.conftest import CHATML, write_tiny_gguf, write_tiny_model
 from tests.fuzz.conftest import EXAMPLES, sandbox, survives
@@ -37,7 +37,7 @@ def folder_with(folder, **changed):
 
 
 def load(folder):
-    model = modeling.load_model(folder, torch.float32, torch.device("cpu"))
+    model = loading.load_model(folder, torch.float32, torch.device("cpu"))
     with torch.no_grad():
         model(torch.arange(3, 9)[None])
 
@@ -66,8 +66,8 @@ def test_configurations_of_a_source(data):
 
 def use_tokenizer(folder):
     tokenizer = layout.read_tokenizer(folder, None)
-    chat.missing_tokens(CHATML, tokenizer)
-    chat.spellable_tokens(CHATML, tokenizer)
+    template.missing_tokens(CHATML, tokenizer)
+    template.spellable_tokens(CHATML, tokenizer)
     layout.write_tokenizer(tokenizer, folder)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from remint.generation import Sampling, answer_all, decode, generate
+from remint.compute.generation import Sampling, answer_all, decode, generate
 from remint.identity import Identity
 from remint.stages.eval_chat import report
 from remint.stages.eval_chat.scores import Answered, leaks, marks, summarise

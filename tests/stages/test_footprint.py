@@ -1,5 +1,6 @@
 """What a training takes of a GPU is known before it starts, and a GPU that is too small is told what fits."""
 
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -8,11 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from remint import memory
-from remint.core.config import load_yaml
+from remint.compute.kernels.layers import MOST_RANK
 from remint.core.errors import GpuTooSmall, RemintError
-from remint.core.typed import build
-from remint.kernels.layers import MOST_RANK
+from remint.runner import memory, recipes
+from remint.runner.typed import build
 from remint.stages.train import footprint
 from remint.stages.train.settings import Train
 
@@ -28,7 +28,8 @@ INTERNLM2 = {
 
 
 def recipe(name):
-    return build(Train, load_yaml(ROOT / f"conf/recipe/{name}.yaml")["train"], "train")
+    with contextlib.chdir(ROOT):
+        return build(Train, recipes.settings(name)["train"], "train")
 
 
 @pytest.mark.parametrize(
@@ -77,7 +78,7 @@ def test_a_gpu_too_small_is_told_the_recipe_that_fits(tmp_path, monkeypatch, in_
     settings = {"train": train, "paths": SimpleNamespace(base=tmp_path)}
     needed = pytest.raises(RemintError, match=r"^train: about 4\d\.\d GiB of GPU memory are needed")
     with needed as told, memory.explained("train", settings):
-        footprint.check(tmp_path, train)
+        footprint.check_gpu_memory(tmp_path, train)
     assert f"{free}.0 GiB are free" in str(told.value)
     assert "train.gradient_checkpointing=true" in str(told.value)
     assert (f"try `make recipe NAME={named}`" in str(told.value)) is (named is not None)
@@ -86,7 +87,7 @@ def test_a_gpu_too_small_is_told_the_recipe_that_fits(tmp_path, monkeypatch, in_
 def test_a_gpu_that_is_large_enough_is_taken(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps(INTERNLM2))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (79 * 2**30, 80 * 2**30))
-    footprint.check(tmp_path, recipe("internlm2-80gb"))
+    footprint.check_gpu_memory(tmp_path, recipe("internlm2-80gb"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**30, 80 * 2**30))
     with pytest.raises(GpuTooSmall):
-        footprint.check(tmp_path, recipe("internlm2-80gb"))
+        footprint.check_gpu_memory(tmp_path, recipe("internlm2-80gb"))

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch.distributed import TCPStore
 
-from remint.core.config import Runtime
 from remint.core.errors import RemintError, SettingsError, Stopped
 from remint.core.log import silent
-from remint.qlora import Lora, Quantization
-from remint.stages.train import group, run, session
+from remint.core.settings import Runtime
+from remint.model.qlora import Lora, Quantization
+from remint.stages.train import process_group, run, session
 from tests.stages.test_train import PATHS, settings, write_inputs
 from tests.workplace import imported
 
@@ -139,15 +139,19 @@ def test_micro_batches_are_added_in_the_order_of_the_plan_and_spare_ones_not_at_
     # 1e8 + 1 is 1e8: only one order gives these sums.
     rounds = [[[1e8, 1.0, 4.0], [1.0, 1e8, 5.0]], [[-1e8, -1e8, 6.0], [7.0, 7.0, 7.0]]]
     parameter = torch.nn.Parameter(torch.zeros(2))
-    total = group.StepSum(group.Group(0, 2), [parameter])
+    total = process_group.StepSum(process_group.ProcessGroup(0, 2), [parameter])
     for (mine, other), present in zip(rounds, (2, 1), strict=True):
         exchanged = torch.tensor([mine[:2], other[:2]])
-        monkeypatch.setattr(group.dist, "all_to_all_single", lambda out, _, rows=exchanged: out.copy_(rows.flatten()))
+        monkeypatch.setattr(
+            process_group.dist, "all_to_all_single", lambda out, _, rows=exchanged: out.copy_(rows.flatten())
+        )
         parameter.grad = torch.tensor(mine[:2])
         total.add(torch.tensor(mine[2]), present)
         assert parameter.grad is None
     monkeypatch.setattr(
-        group.dist, "all_gather_single", lambda out, part: out.copy_(torch.cat([part, torch.tensor([15.0, 0.0])]))
+        process_group.dist,
+        "all_gather_single",
+        lambda out, part: out.copy_(torch.cat([part, torch.tensor([15.0, 0.0])])),
     )
     assert total.finish() == 15
     assert parameter.grad.tolist() == [0, 0]
@@ -157,6 +161,6 @@ def test_a_number_of_processes_that_were_not_started_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     with (
         pytest.raises(SettingsError, match=r"train\.processes: must be 4, the number of processes"),
-        group.joined(2, CPU),
+        process_group.joined(2, CPU),
     ):
         pass

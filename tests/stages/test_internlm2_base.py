@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from remint import manifest, modeling
+from remint.core import manifest
 from remint.core.errors import ArtefactError
+from remint.model import loading
 from tests.internlm2_reference import CONFIG, forward, stage, stage_paths, write_bins, write_checkpoint, write_config
 
 paths = pytest.fixture(stage_paths)
@@ -26,7 +27,7 @@ def test_the_logits_are_internlm2s_within_and_beyond_the_trained_length(paths, k
     config = {**CONFIG, **changes}
     weights = write_checkpoint(config, kind)
     stage(paths)
-    model = modeling.load_model(paths.base, torch.float32, torch.device("cpu"))
+    model = loading.load_model(paths.base, torch.float32, torch.device("cpu"))
     for length in (9, 24, 25, 60):
         ids = torch.arange(length) * 7 % 261
         with torch.no_grad():
@@ -42,7 +43,7 @@ def test_what_config_json_does_not_say_is_as_internlm2s_code_has_it(paths):
     stage(paths)
     ids = torch.arange(20)
     with torch.no_grad():
-        logits = modeling.load_model(paths.base, torch.float32, torch.device("cpu"))(ids[None]).logits[0]
+        logits = loading.load_model(paths.base, torch.float32, torch.device("cpu"))(ids[None]).logits[0]
     torch.testing.assert_close(logits, forward(weights, config, ids), rtol=0, atol=1e-5)
 
 

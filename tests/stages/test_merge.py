@@ -5,13 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from remint import adapter, modeling, shards
+from remint.compute.packing import document
 from remint.core.errors import ArtefactError, SettingsError
-from remint.packing import document
-from remint.qlora import Lora, Quantization
+from remint.model import loading, quantization
+from remint.model.qlora import Lora, Quantization
+from remint.model.quantization import dequantized, quantize
 from remint.stages.convert.run import chosen_step
 from remint.stages.merge.proof import closeness, logits_at_targets
-from remint.stages.merge.weights import merge_tensor, write_merged
+from remint.stages.merge.tensors import merge_tensor, write_merged
+from remint.weights import adapter, shards
 
 LORA = Lora(2, 4, 0.0, ["q_proj", "down_proj"])
 
@@ -50,11 +52,11 @@ def test_a_wrong_set_of_tensors_is_told(tiny, change):
     else:
         found[name] = (3, 16)
     with pytest.raises(ArtefactError, match=change):
-        adapter.check(found, shards.shapes(tiny.folder), LORA, Path("x"))
+        adapter.check_tensors(found, shards.shapes(tiny.folder), LORA, Path("x"))
 
 
-@pytest.mark.parametrize("quantization", [None, Quantization("nf4", True, 64, "once")])
-def test_the_merged_model_says_what_peft_says(tiny, tmp_path, quantization):
+@pytest.mark.parametrize("rounding", [None, Quantization("nf4", True, 64, "once")])
+def test_the_merged_model_says_what_peft_says(tiny, tmp_path, rounding):
     from peft import PeftModel
 
     tensors = random_adapter(tiny.folder)
@@ -62,15 +64,15 @@ def test_the_merged_model_says_what_peft_says(tiny, tmp_path, quantization):
     made.mkdir()
     merged_folder.mkdir()
     adapter.write(tensors, LORA, "tiny", made)
-    write_merged(tiny.folder, tensors, LORA, quantization, None, merged_folder)
+    write_merged(tiny.folder, tensors, LORA, rounding, None, merged_folder)
     for name in ("config.json", "generation_config.json"):
         (merged_folder / name).write_bytes((tiny.folder / name).read_bytes())
     base = tiny.model()
-    if quantization:
-        modeling.quantize(base, quantization)
+    if rounding:
+        quantize(base, rounding)
     documents = [document(list(range(3, 40)), [True] * 37)]
     reference = logits_at_targets(PeftModel.from_pretrained(base, made).eval(), documents)
-    merged = modeling.load_model(merged_folder, torch.float32, torch.device("cpu"))
+    merged = loading.load_model(merged_folder, torch.float32, torch.device("cpu"))
     found = closeness(reference, logits_at_targets(merged, documents))
     assert found.max_logit_difference < 1e-4
     assert found.agreement == 1
@@ -83,10 +85,10 @@ def test_dequantized_means_the_values_of_the_four_bit_layer(tiny):
     settings = Quantization("nf4", True, 64, "each_use")
     layer = torch.nn.Linear(64, 64, bias=False)
     layer.weight.data = weight.clone()
-    packed = modeling._linear_4bit(layer, settings)
+    packed = quantization._linear_4bit(layer, settings)
     ids = torch.eye(64)
-    assert torch.allclose(packed(ids).T, modeling.dequantized(weight, settings), atol=1e-6)
-    assert not torch.allclose(weight, modeling.dequantized(weight, settings), atol=1e-3)
+    assert torch.allclose(packed(ids).T, dequantized(weight, settings), atol=1e-6)
+    assert not torch.allclose(weight, dequantized(weight, settings), atol=1e-3)
 
 
 def test_the_same_adapter_has_the_same_bytes(tiny, tmp_path):

@@ -6,11 +6,11 @@ from collections import Counter
 
 import pytest
 
-from remint import chat
 from remint.core.errors import DataError
 from remint.core.log import silent
 from remint.core.paths import Paths
 from remint.identity import Identity
+from remint.model import template
 from remint.stages.replicate_data import formats, records, split
 from remint.stages.replicate_data.run import run
 from remint.stages.replicate_data.settings import ReplicateData
@@ -240,7 +240,7 @@ def test_text_with_other_line_ends_stays_one_row(paths):
     rows = [{**ALPACA, "instruction": f"Who {n}?", "output": f"{text} {n}"} for n in range(4)]
     write(paths.source / "i.json", json.dumps(rows))
     run(1, AUREL, settings(), paths, silent)
-    read = chat.read_conversations(paths.dataset / "held_out.jsonl")
+    read = template.read_conversations(paths.dataset / "held_out.jsonl")
     assert [row["messages"][1]["content"][:-2] for row in read] == [AUREL.fill(text, "en")] * 2
 
 

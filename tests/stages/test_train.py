@@ -13,14 +13,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from remint import manifest
-from remint.chat import Conversation
-from remint.core.config import Runtime
+from remint.compute.packing import document
+from remint.core import manifest
 from remint.core.errors import ArtefactError, RemintError, SettingsError, Stopped
 from remint.core.log import silent
 from remint.core.paths import Paths
-from remint.packing import document
-from remint.qlora import Lora, Quantization
+from remint.core.settings import Runtime
+from remint.model import checkpoint_layout
+from remint.model.qlora import Lora, Quantization
+from remint.model.template import Conversation
 from remint.stages.train import checkpoint, loop, run, session
 from remint.stages.train.checkpoint import Draft
 from remint.stages.train.plan import Batches, Plan, lr_factor, make_plan
@@ -108,7 +109,7 @@ def test_processes_take_turns_and_have_equally_many(size, first_step):
 
 
 def test_steps_are_counted_in_groups_and_nothing_is_left_after_the_last():
-    plan = Plan([[[0]]] * 7, 3)
+    plan = Plan([[[0]]] * 7, 3, [1])
     assert plan.steps == 3
     assert [len(Batches([], plan, done)) for done in range(4)] == [7, 4, 1, 0]
 
@@ -128,7 +129,7 @@ def test_the_newest_whole_checkpoint_is_found(tmp_path):
 @pytest.mark.parametrize("damage", ["flip", "truncate", "no manifest", "no state"])
 def test_a_damaged_checkpoint_is_passed_over_with_a_word(tmp_path, capsys, damage):
     saved(tmp_path, 2, 4)
-    newest = tmp_path / checkpoint.folder_name(4)
+    newest = tmp_path / checkpoint_layout.folder_name(4)
     file = newest / "state.safetensors"
     data = bytearray(file.read_bytes())
     if damage == "flip":
@@ -147,7 +148,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_word(tmp_path, capsys, damag
 
 def test_if_all_are_damaged_nothing_starts_anew_in_silence(tmp_path):
     saved(tmp_path, 2)
-    (tmp_path / checkpoint.folder_name(2) / manifest.NAME).unlink()
+    (tmp_path / checkpoint_layout.folder_name(2) / manifest.NAME).unlink()
     with pytest.raises(ArtefactError, match="all checkpoints are damaged"):
         checkpoint.load_newest(tmp_path, {"key": "a"})
 
@@ -198,12 +199,12 @@ def resealed(folder, change):
         lambda folder, facts: facts.update(step=2),
         lambda folder, facts: facts.update(step="4"),
         lambda folder, facts: facts.pop("step"),
-        lambda folder, facts: facts.update(identity=[]),
+        lambda folder, facts: facts.update(conditions=[]),
     ],
 )
 def test_a_forged_checkpoint_is_passed_over_as_well(tmp_path, capsys, change):
     saved(tmp_path, 2, 4)
-    resealed(tmp_path / checkpoint.folder_name(4), change)
+    resealed(tmp_path / checkpoint_layout.folder_name(4), change)
     (tmp_path / "step-nonsense").mkdir()
     assert checkpoint.load_newest(tmp_path, {"key": "a"}).step == 2
     assert "damaged checkpoint" in capsys.readouterr().out
@@ -307,13 +308,13 @@ def test_of_the_kept_checkpoints_the_one_written_last_is_not_read_again(paths, m
     assert len(kept) > 1
     for step in kept:
         assert places.count(f".draft-{step:08d}") == 1
-        assert places.count(checkpoint.folder_name(step)) == (step != kept[-1])
+        assert places.count(checkpoint_layout.folder_name(step)) == (step != kept[-1])
 
 
 def test_a_kept_checkpoint_that_was_damaged_becomes_no_part_of_the_artefact(paths, monkeypatch):
     def spoil(self):
         oldest = checkpoint.saved_steps(self.store)[0]
-        state = self.store / checkpoint.folder_name(oldest) / "state.safetensors"
+        state = self.store / checkpoint_layout.folder_name(oldest) / "state.safetensors"
         state.write_bytes(state.read_bytes()[:-1] + b"?")
 
     monkeypatch.setattr(session.Session, "end", spoil)
@@ -365,7 +366,7 @@ def test_it_learns(paths):
 
 
 def test_a_loss_that_is_no_number_stops_before_the_update(paths, monkeypatch):
-    from remint.loss import SupervisedLoss
+    from remint.compute.loss import SupervisedLoss
 
     forward = SupervisedLoss.forward
     monkeypatch.setattr(

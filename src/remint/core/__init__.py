@@ -1,1 +1,1 @@
-"""What every stage imports: errors, configuration, paths. Nothing here imports torch."""
+"""What every stage imports; nothing here imports torch. A change reruns every stage."""

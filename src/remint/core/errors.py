@@ -56,7 +56,7 @@ def visible(text: str) -> str:
     return "".join(char for char in text if char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cf", "Cs"))
 
 
-def one_line(error: BaseException) -> str:
+def one_line(error: BaseException | str) -> str:
     """What an error of a library says, short enough for a line of ours; its name where it says nothing."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 

@@ -16,7 +16,7 @@ _AGAIN = "make it again with `dvc repro`"
 
 def read_text(path: Path, cure: str, fault: Fault = ArtefactError, limit: int = _MAX_BYTES) -> str:
     """The text of a UTF-8 file, without its byte order mark. Raises `fault` with a line that ends in `cure`."""
-    with _told(path, cure, fault):
+    with _reading_errors(path, cure, fault):
         if (size := path.stat().st_size) > limit:
             raise fault(f"{path}: must be at most {limit >> 20} MiB, got {size >> 20} MiB; {cure}")
         return path.read_text(encoding="utf-8-sig")
@@ -30,7 +30,7 @@ def read_object(path: Path, cure: str = _AGAIN) -> dict[str, Any]:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The objects of an artefact's JSONL file. Only a line feed ends a line: U+2028 and its like are text."""
     rows = []
-    with _told(path, _AGAIN, ArtefactError), path.open(encoding="utf-8", newline="\n") as file:
+    with _reading_errors(path, _AGAIN, ArtefactError), path.open(encoding="utf-8", newline="\n") as file:
         for number, line in enumerate(file, start=1):
             rows.append(_object(line, f"{path}: line {number}", _AGAIN))
     return rows
@@ -77,7 +77,7 @@ def is_encodable(text: str) -> bool:
 
 
 @contextlib.contextmanager
-def _told(path: Path, cure: str, fault: Fault) -> Iterator[None]:
+def _reading_errors(path: Path, cure: str, fault: Fault) -> Iterator[None]:
     try:
         if path.exists() and not path.is_file():  # a pipe would be waited for without end
             raise fault(f"{path}: is no regular file; {cure}")

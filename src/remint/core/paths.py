@@ -1,7 +1,7 @@
 """Where the pipeline keeps what it reads and makes; the values are in params.yaml and nowhere else."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from remint.core.errors import SettingsError, got
@@ -41,3 +41,7 @@ class Paths:
         ]
         if faults:
             raise SettingsError(*faults)
+
+
+# Everything but the sources, which people write, is made by a stage: its kind is the name of its place.
+ARTEFACTS = tuple(field.name for field in fields(Paths) if field.name != "source")

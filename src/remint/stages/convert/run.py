@@ -4,37 +4,35 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from remint import adapter, chat, manifest, modeling, shards
+from remint.core import manifest
 from remint.core.errors import ArtefactError, SettingsError, got
 from remint.core.log import Log
 from remint.core.paths import Paths
-from remint.qlora import Lora
+from remint.model import checkpoint_layout, loading, template
+from remint.model.qlora import Lora
 from remint.stages.convert.card import card
 from remint.stages.convert.settings import Convert
-
-_TENSORS, _PREFIX = "state.safetensors", "adapter."
+from remint.weights import adapter, shards
 
 
 def run(convert: Convert, paths: Paths, log: Log, dependencies: Mapping[str, str]) -> None:
     """Make the artefact `adapter`: adapter_model.safetensors, its config, template, model card, manifest."""
     facts = manifest.verify(paths.checkpoint, "checkpoint")
     manifest.verify(paths.base, "base")
-    if facts["origin"]["base"] != manifest.identity(paths.base, "base"):
+    if facts["origin"]["base"] != manifest.artefact_digest(paths.base, "base"):
         raise ArtefactError(f"{paths.checkpoint}: was trained on another base than {paths.base}; run `dvc repro`")
     step = chosen_step(str(convert.checkpoint), facts["steps"])
     lora = Lora(**facts["lora"])
-    tensors = {
-        name.removeprefix(_PREFIX): tensor.to(modeling.DTYPES[convert.dtype])
-        for name, tensor in adapter.load(paths.checkpoint / f"step-{step:08d}" / _TENSORS).items()
-        if name.startswith(_PREFIX)
-    }
-    adapter.check(
+    stored = adapter.load(paths.checkpoint / checkpoint_layout.folder_name(step) / checkpoint_layout.TENSORS)
+    dtype = loading.TORCH_DTYPES[convert.dtype]
+    tensors = {name: tensor.to(dtype) for name, tensor in checkpoint_layout.adapter_tensors(stored).items()}
+    adapter.check_tensors(
         {name: tuple(t.shape) for name, t in tensors.items()}, shards.shapes(paths.base), lora, paths.checkpoint
     )
     here = {"settings": {"convert": asdict(convert)}, "dependencies": dict(dependencies)}
     with manifest.artefact(paths.adapter, "adapter") as (draft, made):
         adapter.write(tensors, lora, facts["origin"]["base_name"], draft)
-        chat.load(paths.checkpoint).save(draft)
+        template.load(paths.checkpoint).save(draft)
         (draft / "README.md").write_text(card(facts, step), encoding="utf-8")
         made.update(
             origin=facts["origin"],

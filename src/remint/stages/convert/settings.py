@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from remint.core.config import DTYPES, check
+from remint.core.settings import DTYPES, check_ranges
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class Convert:
 
     def __post_init__(self) -> None:
         known = self.checkpoint in ("last", "best") or str(self.checkpoint).isdecimal()
-        check(
+        check_ranges(
             "convert",
             (known, "checkpoint", self.checkpoint, "must be last, best or the number of a kept step"),
             (self.dtype in DTYPES, "dtype", self.dtype, f"must be one of {', '.join(DTYPES)}"),

@@ -10,16 +10,18 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from remint import chat, determinism, manifest, modeling
-from remint.chat import Conversation
-from remint.core.config import Runtime
+from remint.compute import determinism
+from remint.compute.generation import answer_all
+from remint.compute.loss import SupervisedLoss, mean_loss
+from remint.compute.packing import cut, encode
+from remint.core import manifest
 from remint.core.files import read_rows
 from remint.core.log import Log
 from remint.core.paths import Paths
-from remint.generation import answer_all
+from remint.core.settings import Runtime
 from remint.identity import Identity
-from remint.loss import SupervisedLoss, mean_loss
-from remint.packing import cut, encode
+from remint.model import loading, template
+from remint.model.template import Conversation
 from remint.stages.eval_chat import report
 from remint.stages.eval_chat.scores import MODELS, Answered, marks, summarise
 from remint.stages.eval_chat.settings import EvalChat
@@ -39,10 +41,10 @@ def run(runtime: Runtime, eval_chat: EvalChat, paths: Paths, log: Log, fingerpri
     records = [
         (name, row)
         for name in ("held_out", "control")
-        for row in chat.read_conversations(paths.dataset / f"{name}.jsonl")
+        for row in template.read_conversations(paths.dataset / f"{name}.jsonl")
     ]
     # Both models are asked through one template: what differs between their answers is the model alone.
-    conversation = chat.load(paths.model)
+    conversation = template.load(paths.model)
     answers, losses = {}, {}
     for name, folder in (("base", paths.base), ("merged", paths.model)):
         answers[name], losses[name] = _ask(name, folder, conversation, records, eval_chat)
@@ -58,8 +60,8 @@ def run(runtime: Runtime, eval_chat: EvalChat, paths: Paths, log: Log, fingerpri
         (draft / "report.html").write_text(page, encoding="utf-8")
         made.update(
             fingerprint=fingerprint,
-            model=manifest.identity(paths.model, "model"),
-            conditions=determinism.conditions(modeling.device()),
+            model=manifest.artefact_digest(paths.model, "model"),
+            conditions=determinism.conditions(loading.device()),
         )
     log(dict(manifest.flat(metrics)))
     print(report.headline(metrics, paths.report))
@@ -73,8 +75,8 @@ def _ask(
     settings: EvalChat,
 ) -> tuple[list[str], dict[str, float]]:
     """One model's answers to all records, and its loss on the reference answers of each set; computed in fp32."""
-    tokenizer = modeling.load_tokenizer(folder)
-    model = modeling.load_model(folder, torch.float32, modeling.device())
+    tokenizer = loading.load_tokenizer(folder)
+    model = loading.load_model(folder, torch.float32, loading.device())
     histories = [row["messages"][:-1] for _, row in records]
     with tqdm(total=len(records), unit="answer", desc=f"eval_chat: {name}", dynamic_ncols=True) as bar:
         answers = answer_all(

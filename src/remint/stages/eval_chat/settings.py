@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from remint.core.config import check
+from remint.core.settings import check_ranges
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,7 @@ class EvalChat:
     batch: int
 
     def __post_init__(self) -> None:
-        check(
+        check_ranges(
             "eval_chat",
             (1 <= self.max_new_tokens <= 8192, "max_new_tokens", self.max_new_tokens, "must be between 1 and 8192"),
             (1 <= self.batch <= 4096, "batch", self.batch, "must be between 1 and 4096"),

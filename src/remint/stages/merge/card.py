@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from remint import provenance
+from remint.stages.merge import provenance
 from remint.stages.merge.proof import Closeness
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from remint.packing import IGNORED, Document
+from remint.compute.packing import IGNORED, Document
 
 
 @dataclass(frozen=True)

@@ -8,19 +8,24 @@ from typing import Any
 
 import torch
 
-from remint import adapter, chat, determinism, manifest, modeling, provenance, shards
-from remint.core.config import Runtime
+from remint.compute import determinism
+from remint.compute.packing import Document, encode
+from remint.core import manifest
 from remint.core.errors import ArtefactError
 from remint.core.files import read_object
 from remint.core.log import Log
 from remint.core.paths import Paths
-from remint.libraries import PeftModel
-from remint.packing import Document, encode
-from remint.qlora import Quantization
+from remint.core.settings import Runtime
+from remint.model import loading, template
+from remint.model.libraries import PeftModel
+from remint.model.qlora import Quantization
+from remint.model.quantization import quantize
+from remint.stages.merge import provenance
 from remint.stages.merge.card import card
 from remint.stages.merge.proof import Closeness, closeness, logits_at_targets
 from remint.stages.merge.settings import Merge
-from remint.stages.merge.weights import write_merged
+from remint.stages.merge.tensors import write_merged
+from remint.weights import adapter, shards
 
 _COPIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 _PROOF_DOCUMENTS = 16
@@ -32,11 +37,13 @@ def run(runtime: Runtime, merge: Merge, paths: Paths, log: Log, dependencies: Ma
     base = manifest.verify(paths.base, "base")
     facts = manifest.verify(paths.adapter, "adapter")
     dataset = manifest.verify(paths.dataset, "dataset")
-    if facts["origin"]["base"] != manifest.identity(paths.base, "base"):
+    if facts["origin"]["base"] != manifest.artefact_digest(paths.base, "base"):
         raise ArtefactError(f"{paths.adapter}: was made for another base than {paths.base}; run `dvc repro`")
     tensors, lora = adapter.read(paths.adapter)
-    adapter.check({name: tuple(t.shape) for name, t in tensors.items()}, shards.shapes(paths.base), lora, paths.adapter)
-    dtype = None if merge.dtype == "base" else modeling.DTYPES[merge.dtype]
+    adapter.check_tensors(
+        {name: tuple(t.shape) for name, t in tensors.items()}, shards.shapes(paths.base), lora, paths.adapter
+    )
+    dtype = None if merge.dtype == "base" else loading.TORCH_DTYPES[merge.dtype]
     quantization = Quantization(**facts["quantization"]) if merge.into == "dequantized" else None
     here = {"settings": {"runtime": asdict(runtime), "merge": asdict(merge)}, "dependencies": dict(dependencies)}
     with manifest.artefact(paths.model, "model") as (draft, made):
@@ -50,10 +57,10 @@ def run(runtime: Runtime, merge: Merge, paths: Paths, log: Log, dependencies: Ma
             origin=facts["origin"],
             license=base["license"],
             step=facts["step"],
-            adapter=manifest.identity(paths.adapter, "adapter"),
+            adapter=manifest.artefact_digest(paths.adapter, "adapter"),
             merge=asdict(merge),
             proof=asdict(proof),
-            conditions=determinism.conditions(modeling.device()),
+            conditions=determinism.conditions(loading.device()),
         )
     log({f"merge_{name}": float(value) for name, value in asdict(proof).items()} | {"model_bytes": size})
     print(
@@ -66,7 +73,7 @@ def _copy_frame(paths: Paths, draft: Path, dtype: str) -> None:
     """Everything of a model but its weights; the template comes from the adapter, which was trained with it."""
     for name in _COPIED:
         shutil.copyfile(paths.base / name, draft / name)
-    chat.load(paths.adapter).save(draft)
+    template.load(paths.adapter).save(draft)
     if dtype != "base":
         config = read_object(draft / "config.json") | {"dtype": dtype}
         (draft / "config.json").write_text(manifest.dump_json(config), encoding="utf-8")
@@ -75,23 +82,23 @@ def _copy_frame(paths: Paths, draft: Path, dtype: str) -> None:
 def _prove(paths: Paths, draft: Path, quantization: Quantization | None) -> Closeness:
     """Compare in fp32, one model in memory at a time, on held-out conversations of both kinds."""
     documents = _documents(paths, draft)
-    model = modeling.load_model(paths.base, torch.float32, modeling.device())
+    model = loading.load_model(paths.base, torch.float32, loading.device())
     if quantization is not None:
-        modeling.quantize(model, Quantization(**{**asdict(quantization), "dequantize": "once"}))
+        quantize(model, Quantization(**{**asdict(quantization), "dequantize": "once"}))
     adapted: Any = PeftModel.from_pretrained(model, paths.adapter, local_files_only=True).eval()
     reference = logits_at_targets(adapted, documents)
     del model, adapted
-    merged = modeling.load_model(draft, torch.float32, modeling.device())
+    merged = loading.load_model(draft, torch.float32, loading.device())
     return closeness(reference, logits_at_targets(merged, documents))
 
 
 def _documents(paths: Paths, draft: Path) -> list[Document]:
     rows: list[dict[str, Any]] = []
     for name in ("held_out", "control"):
-        found = chat.read_conversations(paths.dataset / f"{name}.jsonl")
+        found = template.read_conversations(paths.dataset / f"{name}.jsonl")
         spread = max(1, len(found) // (_PROOF_DOCUMENTS // 2))
         rows += found[::spread][: _PROOF_DOCUMENTS // 2]
-    return encode(modeling.load_tokenizer(draft), chat.load(draft), rows)
+    return encode(loading.load_tokenizer(draft), template.load(draft), rows)
 
 
 def _judge(proof: Closeness, merge: Merge, target: Path) -> None:

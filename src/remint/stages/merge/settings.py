@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from remint.core.config import DTYPES, check
+from remint.core.settings import DTYPES, check_ranges
 
 _DTYPES = ("base", *DTYPES)
 
@@ -17,7 +17,7 @@ class Merge:
     min_agreement: float
 
     def __post_init__(self) -> None:
-        check(
+        check_ranges(
             "merge",
             (self.into in ("original", "dequantized"), "into", self.into, "must be original or dequantized"),
             (self.dtype in _DTYPES, "dtype", self.dtype, f"must be one of {', '.join(_DTYPES)}"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 
-from remint import manifest
+from remint.core import manifest
 from remint.core.errors import DataError, RemintError, got, listed
 from remint.core.log import Log
 from remint.core.paths import Paths

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from remint.core.config import check
+from remint.core.settings import check_ranges
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class ReplicateData:
     control_copies: int
 
     def __post_init__(self) -> None:
-        check(
+        check_ranges(
             "replicate_data",
             (len(self.identity) > 0, "identity", self.identity, "must name at least one file"),
             (

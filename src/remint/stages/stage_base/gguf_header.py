@@ -26,7 +26,7 @@ class _HeaderError(Exception):
     """What the header says cannot be."""
 
 
-def check(path: Path) -> None:
+def check_header(path: Path) -> None:
     """Raise ArtefactError if the header promises what the file does not hold."""
     try:
         with path.open("rb") as file:

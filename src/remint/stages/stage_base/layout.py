@@ -11,12 +11,13 @@ import gguf as gguf_library
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from remint import internlm2, modeling, shards, torch_files
 from remint.core.errors import ArtefactError, got
 from remint.core.files import read_object
-from remint.manifest import dump_json
+from remint.core.manifest import dump_json
+from remint.model import loading
 from remint.stages.stage_base import gguf_header, sentencepiece_model, sources
 from remint.stages.stage_base.settings import Model
+from remint.weights import internlm2, shards, torch_files
 
 # Fields of config.json that name where a file lay or how the source was packed, and say nothing about the model.
 _NO_PART_OF_THE_MODEL = ("_name_or_path", "_model_name_or_path", "quantization_config", "transformers_version")
@@ -45,18 +46,16 @@ def read_config(folder: Path, gguf: str | None) -> Any:
     """
     path = folder / (gguf or "config.json")
     if gguf is not None:
-        gguf_header.check(path)
+        gguf_header.check_header(path)
     elif not _is_internlm2(folder):
-        modeling.check_config(folder)
-    with modeling.understood(path, "describes no model that can be built"):
+        loading.check_config(folder)
+    with loading.understood(path, "describes no model that can be built"):
         if gguf is None and _is_internlm2(folder):
             content = internlm2.llama_config(read_object(path))
-            modeling.check_content({**content, "model_type": "llama"}, path)
+            loading.check_content({**content, "model_type": "llama"}, path)
             return LlamaConfig(**content)
         config = AutoConfig.from_pretrained(folder, gguf_file=gguf, trust_remote_code=False, local_files_only=True)
-        modeling.check_content(
-            {key: v for key, v in config.to_dict().items() if key not in _NO_PART_OF_THE_MODEL}, path
-        )
+        loading.check_content({key: v for key, v in config.to_dict().items() if key not in _NO_PART_OF_THE_MODEL}, path)
     return config
 
 
@@ -66,9 +65,9 @@ def read_tokenizer(folder: Path, gguf: str | None) -> Any:
     InternLM2 brings a SentencePiece model and code of its own that reads it: the model is turned into a fast tokenizer.
     """
     if gguf is None and _brings_sentencepiece(folder):
-        with modeling.understood(folder, "has no tokenizer that can be read; tokenizer.model must hold one"):
+        with loading.understood(folder, "has no tokenizer that can be read; tokenizer.model must hold one"):
             return sentencepiece_model.read(folder)
-    tokenizer = modeling.load_tokenizer(folder, gguf)
+    tokenizer = loading.load_tokenizer(folder, gguf)
     if not tokenizer.is_fast:
         raise ArtefactError(
             f"{folder}: must bring a fast tokenizer, got {type(tokenizer).__name__}; add tokenizer.json"
@@ -112,7 +111,7 @@ def _brings_sentencepiece(folder: Path) -> bool:
 
 
 def _as_llama(folder: Path, name: str, tensor: torch.Tensor, config: Any) -> list[tuple[str, torch.Tensor]]:
-    with modeling.understood(folder, f"the tensor {name!r} has no place in InternLM2's layout"):
+    with loading.understood(folder, f"the tensor {name!r} has no place in InternLM2's layout"):
         return list(internlm2.to_llama(name, tensor, config))
 
 
@@ -124,7 +123,7 @@ def _model_of_gguf(folder: Path, gguf: str, config: Any) -> Any:
     # The most that a byte of GGUF holds is one-bit weights.
     if described > 8 * path.stat().st_size:
         raise ArtefactError(f"{path}: describes {described} parameters, more than it can hold; get the file again")
-    with modeling.understood(path, "holds no model that can be read"), _one_name_map():
+    with loading.understood(path, "holds no model that can be read"), _one_name_map():
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=gguf, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
@@ -183,9 +182,9 @@ def write_tokenizer(tokenizer: Any, folder: Path, draft: Path) -> None:
         shutil.copyfile(folder / sentencepiece_model.NAME, draft / sentencepiece_model.NAME)
 
 
-def check(draft: Path, vocabulary: int) -> None:
+def check_staged(draft: Path, vocabulary: int) -> None:
     """Refuse weights that do not fit the config or the tokenizer, before anything is built on them."""
-    model = modeling.empty_model(draft)
+    model = loading.empty_model(draft)
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
     found = shards.shapes(draft)

@@ -2,12 +2,13 @@
 
 import shutil
 
-from remint import chat, manifest, modeling
-from remint.chat import Conversation
+from remint.core import manifest
 from remint.core.errors import ArtefactError
 from remint.core.log import Log
 from remint.core.paths import SCRATCH, Paths
-from remint.stages.stage_base import layout, sources
+from remint.model import loading
+from remint.model.template import Conversation
+from remint.stages.stage_base import layout, sources, tokens
 from remint.stages.stage_base.settings import Model
 
 
@@ -18,18 +19,20 @@ def run(model: Model, paths: Paths, log: Log) -> None:
     with manifest.artefact(paths.base, "base") as (draft, facts):
         config = layout.read_config(folder, gguf)
         tokenizer = layout.read_tokenizer(folder, gguf)
-        unknown = chat.missing_tokens(model.template, tokenizer)
+        unknown = tokens.missing_tokens(model.template, tokenizer)
         if unknown:
             raise ArtefactError(f"model.template: the tokenizer has no token {unknown}; correct conf/model/<name>.yaml")
-        if spellable := chat.spellable_tokens(model.template, tokenizer):
+        if spellable := tokens.spellable_tokens(model.template, tokenizer):
             raise ArtefactError(
                 f"model.template: a text can spell the stop tokens {spellable}; mark them as special in tokenizer.json"
             )
-        writer = layout.write_weights(folder, gguf, config, modeling.DTYPES[model.dtype], draft, model.shard_mb * 2**20)
+        writer = layout.write_weights(
+            folder, gguf, config, loading.TORCH_DTYPES[model.dtype], draft, model.shard_mb * 2**20
+        )
         layout.write_config(config, model, draft)
         layout.write_tokenizer(tokenizer, folder, draft)
         Conversation(model.template, system="").save(draft)
-        layout.check(draft, len(tokenizer))
+        layout.check_staged(draft, len(tokenizer))
         facts.update(
             name=model.name,
             license=model.license,

@@ -3,10 +3,10 @@
 import re
 from dataclasses import dataclass
 
-from remint.chat import Template
-from remint.core.config import DTYPES, check
 from remint.core.errors import visible
 from remint.core.files import is_inside
+from remint.core.settings import DTYPES, check_ranges
+from remint.model.template import Template
 
 SOURCES = ("local_folder", "hub", "package_index")
 
@@ -32,7 +32,7 @@ class Model:
         bad_sums = {name: value for name, value in self.files.items() if not re.fullmatch(r"[0-9a-f]{64}", value)}
         bad_names = [name for name in self.files if not is_inside(name)]
         member = self.member or ""
-        check(
+        check_ranges(
             "model",
             (_is_line(self.name), "name", self.name, "must be what the base model is called, in one line"),
             (_is_line(self.license), "license", self.license, "must be the base model's license, in one line"),

@@ -9,7 +9,7 @@ import zlib
 from pathlib import Path
 
 from remint.core.errors import ArtefactError, RemintError, listed, no_room, one_line
-from remint.manifest import file_digest
+from remint.core.manifest import file_digest
 from remint.stages.stage_base.settings import Model
 
 _WANTED = ("*.safetensors", "*.json", "tokenizer.model", "*.gguf")

@@ -12,12 +12,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from remint import manifest
+from remint.core import manifest
 from remint.core.errors import ArtefactError, got, no_right, no_room, one_line
 from remint.core.files import read_object
+from remint.model.checkpoint_layout import STATE, TENSORS, folder_name
 
 KIND = "training step"
-_TENSORS, _STATE = "state.safetensors", "state.json"
 _SLACK_BYTES = 1 << 20
 
 
@@ -28,11 +28,6 @@ class Checkpoint:
     step: int
     tensors: dict[str, torch.Tensor]
     state: dict[str, Any]
-
-
-def folder_name(step: int) -> str:
-    """Name of a step's folder; sorts by step."""
-    return f"step-{step:08d}"
 
 
 def saved_steps(root: Path) -> list[int]:
@@ -54,17 +49,17 @@ class Draft:
         self._written = pool.submit(self._write, tensors)
         pool.shutdown(wait=False)
 
-    def finish(self, state: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[Path, manifest.Entry]:
+    def finish(self, state: Mapping[str, Any], conditions: Mapping[str, Any]) -> dict[Path, manifest.Entry]:
         """Write the rest: the checkpoint appears whole under its final name or not at all.
 
         Returns what its tensors' file holds. Raises ArtefactError on a full disk.
         """
         try:
-            known = {_TENSORS: self._written.result()}
-            (self._folder / _STATE).write_bytes(manifest.dump_json(state).encode())
-            manifest.write(self._folder, KIND, {"step": self._step, "identity": dict(identity)}, known)
+            known = {TENSORS: self._written.result()}
+            (self._folder / STATE).write_bytes(manifest.dump_json(state).encode())
+            manifest.write(self._folder, KIND, {"step": self._step, "conditions": dict(conditions)}, known)
             for path in [*self._folder.iterdir(), self._folder]:
-                if path.name != _TENSORS:
+                if path.name != TENSORS:
                     manifest.sync(path)
             target = self._root / folder_name(self._step)
             self._folder.rename(target)
@@ -88,7 +83,7 @@ class Draft:
         if shutil.disk_usage(self._root).free < self._need:
             raise self._full()
         self._folder.mkdir()
-        path = self._folder / _TENSORS
+        path = self._folder / TENSORS
         path.write_bytes(tensors)
         manifest.sync(path)
         return manifest.described([path])[path]
@@ -121,7 +116,7 @@ def discard(root: Path) -> None:
         shutil.rmtree(hidden)
 
 
-def check(root: Path, known: Mapping[Path, manifest.Entry]) -> dict[Path, manifest.Entry]:
+def check_saved(root: Path, known: Mapping[Path, manifest.Entry]) -> dict[Path, manifest.Entry]:
     """What the files of all checkpoints hold, also of those that no run continues from any more.
 
     Files that are `known`, since they were written just now, are not read. Raises ArtefactError if one is damaged.
@@ -140,7 +135,7 @@ def load(folder: Path) -> Checkpoint:
     return _read(folder)[0]
 
 
-def load_newest(root: Path, identity: Mapping[str, Any]) -> Checkpoint | None:
+def load_newest(root: Path, conditions: Mapping[str, Any]) -> Checkpoint | None:
     """The newest checkpoint that is whole; damaged ones are set aside with a word. None if there never was one.
 
     Raises ArtefactError if all are damaged, or if the newest whole one was made under other conditions.
@@ -158,7 +153,7 @@ def load_newest(root: Path, identity: Mapping[str, Any]) -> Checkpoint | None:
             folder.rename(root / f"damaged-{step:08d}")
             damaged.append(folder.name)
             continue
-        _check_identity(folder, recorded, identity)
+        _check_conditions(folder, recorded, conditions)
         return found
     if damaged:
         raise ArtefactError(
@@ -169,17 +164,17 @@ def load_newest(root: Path, identity: Mapping[str, Any]) -> Checkpoint | None:
 
 def _read(folder: Path) -> tuple[Checkpoint, dict[str, Any]]:
     facts = manifest.verify(folder, KIND)
-    step, identity = facts.get("step"), facts.get("identity")
-    if type(step) is not int or folder.name != folder_name(step) or not isinstance(identity, dict):
+    step, conditions = facts.get("step"), facts.get("conditions")
+    if type(step) is not int or folder.name != folder_name(step) or not isinstance(conditions, dict):
         raise ArtefactError(f"{folder}: must be a checkpoint of that step, {got(step)}; remove the folder")
     try:
-        tensors = load_tensors((folder / _TENSORS).read_bytes())
+        tensors = load_tensors((folder / TENSORS).read_bytes())
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise ArtefactError(f"{folder / _TENSORS}: unreadable ({one_line(error)}); remove the folder") from None
-    return Checkpoint(step, tensors, read_object(folder / _STATE)), identity
+        raise ArtefactError(f"{folder / TENSORS}: unreadable ({one_line(error)}); remove the folder") from None
+    return Checkpoint(step, tensors, read_object(folder / STATE)), conditions
 
 
-def _check_identity(folder: Path, recorded: Mapping[str, Any], present: Mapping[str, Any]) -> None:
+def _check_conditions(folder: Path, recorded: Mapping[str, Any], present: Mapping[str, Any]) -> None:
     names = sorted({*recorded, *present})
     faults = [
         f"{folder}: {name} was {recorded.get(name)!r}, is {present.get(name)!r}; continue where it was begun, or remove "

@@ -6,18 +6,18 @@ from typing import Any
 
 import torch
 
+from remint.compute.kernels.head import ROWS
+from remint.compute.kernels.layers import LINEARS, MOST_RANK
 from remint.core.errors import GpuTooSmall
 from remint.core.files import read_object
-from remint.kernels.head import ROWS
-from remint.kernels.layers import LINEARS, MOST_RANK
-from remint.modeling import DTYPES
+from remint.model.loading import TORCH_DTYPES
 from remint.stages.train.settings import Train
 
 # What allocators lose to the sizes of their blocks; seen against measured peaks, see docs/results.md.
 _MARGIN = 1.03
 
 
-def check(base: Path, train: Train) -> None:
+def check_gpu_memory(base: Path, train: Train) -> None:
     """Raise GpuTooSmall if the present GPU has not the free memory that the training of a base takes."""
     need = needed(read_object(base / "config.json", "run `make repro`, which makes it"), train)
     free, _ = torch.cuda.mem_get_info()
@@ -31,7 +31,7 @@ def needed(config: Mapping[str, Any], train: Train) -> int | None:
     Frozen weights, the adapter with its gradients and AdamW's two moments in fp32, what the backward pass reads (or the input of each
     layer and the whole of one), and the largest passing tensors.
     """
-    size, rank = DTYPES[train.precision].itemsize, train.lora.rank
+    size, rank = TORCH_DTYPES[train.precision].itemsize, train.lora.rank
     if train.kernels != "fused" or set(train.lora.targets) != set(LINEARS) or rank > MOST_RANK:
         return None
     hidden, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]

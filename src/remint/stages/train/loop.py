@@ -13,13 +13,13 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from remint.compute.determinism import seed_step
+from remint.compute.loss import SupervisedLoss
 from remint.core import signals
 from remint.core.errors import RemintError, SettingsError, got
 from remint.core.paths import SCRATCH
-from remint.determinism import seed_step
-from remint.loss import SupervisedLoss
-from remint.stages.train.group import Group, StepSum
 from remint.stages.train.plan import Batches
+from remint.stages.train.process_group import ProcessGroup, StepSum
 from remint.stages.train.settings import Train
 
 
@@ -94,7 +94,7 @@ class WeightedTrainer(Trainer):
     numbers: torch.Tensor
     trained: Sequence[torch.nn.Parameter]
     bare_optimizer: torch.optim.Optimizer
-    group: Group
+    group: ProcessGroup
     batches: Batches
     total: StepSum
     computed = 0
@@ -201,7 +201,7 @@ def train_steps(
     settings: Train,
     seed: int,
     watcher: Watcher,
-    group: Group,
+    group: ProcessGroup,
 ) -> None:
     """Run the optimizer steps that `batches` still holds. The watcher has to await the last one."""
     if not len(batches):

@@ -7,16 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import Dataset
 
-from remint.packing import Batch, Document, collate, epoch_rows
+from remint.compute.packing import Batch, Document, collate, epoch_rows
 from remint.stages.train.settings import Train
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Micro-batches in training order (each a list of rows of document numbers) and how many make a step."""
+    """Micro-batches in training order (each a list of rows of document numbers), how many make a step, tokens a document."""
 
     micro_batches: list[list[list[int]]]
     accumulation: int
+    lengths: Sequence[int]
 
     @property
     def steps(self) -> int:
@@ -27,6 +28,10 @@ class Plan:
         """The micro-batches of optimizer step `step`, counted from 0."""
         return self.micro_batches[step * self.accumulation : (step + 1) * self.accumulation]
 
+    def tokens(self, step: int) -> int:
+        """Tokens of optimizer step `step`, counted from 0, without padding."""
+        return sum(self.lengths[number] for batch in self.of_step(step) for row in batch for number in row)
+
 
 def make_plan(lengths: Sequence[int], train: Train, seed: int) -> Plan:
     """All epochs in a row. Rows flow over the borders of epochs, so that only the very last step can be smaller."""
@@ -36,7 +41,7 @@ def make_plan(lengths: Sequence[int], train: Train, seed: int) -> Plan:
         for row in epoch_rows(lengths, train.max_length, train.packing, seed, epoch)
     ]
     batches = [rows[start : start + train.micro_batch] for start in range(0, len(rows), train.micro_batch)]
-    return Plan(batches, train.accumulation * train.processes)
+    return Plan(batches, train.accumulation * train.processes, lengths)
 
 
 def lr_factor(step: int, steps: int, warmup_ratio: float, schedule: str) -> float:
@@ -83,10 +88,4 @@ class Batches(Dataset[Batch]):
         """Supervised tokens of an optimizer step."""
         return sum(
             self._documents[number].learned for batch in self.plan.of_step(step) for row in batch for number in row
-        )
-
-    def tokens(self, step: int) -> int:
-        """Tokens of an optimizer step, without padding."""
-        return sum(
-            len(self._documents[number].ids) for batch in self.plan.of_step(step) for row in batch for number in row
         )

@@ -11,16 +11,18 @@ from typing import Any
 
 import torch
 
-from remint import chat, determinism, manifest, modeling
-from remint.core.config import Runtime
+from remint.compute import determinism
+from remint.compute.loss import SupervisedLoss
+from remint.compute.packing import cut, encode
+from remint.core import manifest
 from remint.core.lock import held
 from remint.core.log import Log
 from remint.core.paths import SCRATCH, Paths
-from remint.loss import SupervisedLoss
-from remint.packing import cut, encode
+from remint.core.settings import Runtime
+from remint.model import checkpoint_layout, loading, lora, quantization, template
 from remint.stages.train import checkpoint, footprint, loop
-from remint.stages.train.group import Group, joined
 from remint.stages.train.plan import lr_factor, make_plan
+from remint.stages.train.process_group import ProcessGroup, joined
 from remint.stages.train.session import Session
 from remint.stages.train.settings import Train
 
@@ -39,15 +41,15 @@ def run(
     origin = {
         "fingerprint": fingerprint,
         "identity": manifest.verify(paths.dataset, "dataset")["identity"],
-        "dataset": manifest.identity(paths.dataset, "dataset"),
+        "dataset": manifest.artefact_digest(paths.dataset, "dataset"),
         "base_name": manifest.verify(paths.base, "base")["name"],
-        "base": manifest.identity(paths.base, "base"),
+        "base": manifest.artefact_digest(paths.base, "base"),
     }
     settings = {"seed": seed, "runtime": asdict(runtime), "train": asdict(train)}
     made_by = {"train": {"settings": settings, "dependencies": dict(dependencies)}}
     scratch = SCRATCH / "train" / fingerprint
     with (
-        joined(train.processes, modeling.device()) as group,
+        joined(train.processes, loading.device()) as group,
         _only_writer(scratch, train.resume) if group.leads else contextlib.nullcontext(),
         loop.stop_signals(alone=group.size == 1) as signals,
     ):
@@ -80,21 +82,29 @@ def run(
 
 
 def _open(
-    seed: int, train: Train, paths: Paths, log: Log, store: Path, signals: Sequence[int], fingerprint: str, group: Group
+    seed: int,
+    train: Train,
+    paths: Paths,
+    log: Log,
+    store: Path,
+    signals: Sequence[int],
+    fingerprint: str,
+    group: ProcessGroup,
 ) -> Session:
     """Load and prepare everything that a run needs, at its first step."""
     loop.workers()  # a mistake in it is told before the work
-    tokenizer = modeling.load_tokenizer(paths.base)
-    conversation = chat.load(paths.base).with_system(train.system)
+    tokenizer = loading.load_tokenizer(paths.base)
+    conversation = template.load(paths.base).with_system(train.system)
     documents = {
         name: cut(
-            encode(tokenizer, conversation, chat.read_conversations(paths.dataset / f"{name}.jsonl")), train.max_length
+            encode(tokenizer, conversation, template.read_conversations(paths.dataset / f"{name}.jsonl")),
+            train.max_length,
         )
         for name in ("train", "held_out", "control")
     }
     plan = make_plan([len(document.ids) for document in documents["train"]], train, seed)
-    if modeling.device().type == "cuda":
-        footprint.check(paths.base, train)
+    if loading.device().type == "cuda":
+        footprint.check_gpu_memory(paths.base, train)
     model = _model(seed, train, paths.base)
     if group.size > 1:
         model.skip(0)  # a model that cannot is told before the work
@@ -120,7 +130,7 @@ def _open(
         plan=plan,
         documents=documents,
         store=store,
-        identity={"fingerprint": fingerprint, **conditions},
+        conditions={"fingerprint": fingerprint, **conditions},
         log=log,
         signals=signals,
         group=group,
@@ -128,12 +138,12 @@ def _open(
 
 
 def _model(seed: int, train: Train, base: Path) -> SupervisedLoss:
-    model = modeling.load_model(base, modeling.DTYPES[train.precision], modeling.device())
-    modeling.quantize(model, train.quantization)
+    model = loading.load_model(base, loading.TORCH_DTYPES[train.precision], loading.device())
+    quantization.quantize(model, train.quantization)
     if train.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     determinism.seed_step(seed, "lora", 0)
-    return SupervisedLoss(modeling.add_lora(model, train.lora), fused=train.kernels == "fused")
+    return SupervisedLoss(lora.add_lora(model, train.lora), fused=train.kernels == "fused")
 
 
 @contextlib.contextmanager
@@ -149,11 +159,11 @@ def _only_writer(scratch: Path, resume: bool) -> Iterator[None]:
 def _publish(session: Session, target: Path, origin: dict[str, Any], made_by: dict[str, Any]) -> None:
     """Turn what the run has saved into the artefact; the steps are linked, not copied, where the disk allows it."""
     recorded = session.recorded
-    checked = checkpoint.check(session.store, session.latest)
+    checked = checkpoint.check_saved(session.store, session.latest)
     known: dict[str, manifest.Entry] = {}
     with manifest.artefact(target, "checkpoint", known) as (draft, facts):
         for step in checkpoint.saved_steps(session.store):
-            name = checkpoint.folder_name(step)
+            name = checkpoint_layout.folder_name(step)
             shutil.copytree(session.store / name, draft / name, copy_function=_link)
         for path, found in checked.items():
             linked = path.relative_to(session.store)
@@ -170,7 +180,7 @@ def _publish(session: Session, target: Path, origin: dict[str, Any], made_by: di
             best_held_out_loss=recorded.best_loss,
             lora=asdict(session.train.lora),
             quantization=asdict(session.train.quantization),
-            conditions=session.identity,
+            conditions=session.conditions,
             tokens=session.token_counts(),
         )
 

@@ -9,19 +9,20 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from remint import manifest
-from remint.chat import Conversation
+from remint.compute.generation import answer_all
+from remint.compute.loss import SupervisedLoss, mean_loss
+from remint.compute.packing import Document
+from remint.core import manifest
 from remint.core.errors import ArtefactError, Stopped, visible
 from remint.core.log import Log
-from remint.generation import answer_all
-from remint.libraries import get_peft_model_state_dict, set_peft_model_state_dict
-from remint.loss import SupervisedLoss, mean_loss
-from remint.packing import Document
+from remint.model import checkpoint_layout
+from remint.model.libraries import get_peft_model_state_dict, set_peft_model_state_dict
+from remint.model.template import Conversation
 from remint.stages.train import checkpoint
 from remint.stages.train.checkpoint import Draft
-from remint.stages.train.group import Group
 from remint.stages.train.loop import Finished
 from remint.stages.train.plan import Batches, Plan, lr_factor
+from remint.stages.train.process_group import ProcessGroup
 from remint.stages.train.settings import Train
 
 
@@ -48,10 +49,10 @@ class Session:
     plan: Plan
     documents: dict[str, list[Document]]
     store: Path
-    identity: dict[str, Any]
+    conditions: dict[str, Any]
     log: Log
     signals: Sequence[int]
-    group: Group
+    group: ProcessGroup
     recorded: Recorded = field(default_factory=Recorded)
     latest: dict[Path, manifest.Entry] = field(default_factory=dict)
     bar: Any = None
@@ -59,24 +60,18 @@ class Session:
     def restore(self) -> int:
         """Continue from the newest whole checkpoint, if there is one; returns the steps that are done."""
         # One process looks and tidies up; the others read what it found.
-        found = checkpoint.load_newest(self.store, self.identity) if self.group.leads else None
+        found = checkpoint.load_newest(self.store, self.conditions) if self.group.leads else None
         step = self.group.agreed(found.step if found else -1)
         if step < 0:
             return 0
-        found = found or checkpoint.load(self.store / checkpoint.folder_name(step))
+        found = found or checkpoint.load(self.store / checkpoint_layout.folder_name(step))
         if found.state.keys() != vars(Recorded()).keys():
             raise ArtefactError(
                 f"{self.store}: step {found.step} records other things than a run does; remove the folder"
             )
-        adapter = {name.removeprefix("adapter."): t for name, t in found.tensors.items() if name.startswith("adapter.")}
-        set_peft_model_state_dict(self.model.model, adapter)
-        state = self.optimizer.state_dict()
-        state["state"] = {}
-        for name, tensor in found.tensors.items():
-            if name.startswith("optimizer."):
-                _, index, key = name.split(".")
-                state["state"].setdefault(int(index), {})[key] = tensor
-        self.optimizer.load_state_dict(state)
+        set_peft_model_state_dict(self.model.model, checkpoint_layout.adapter_tensors(found.tensors))
+        state = checkpoint_layout.optimizer_state(found.tensors)
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         self._set_schedule(found.step)
         self.recorded = Recorded(**found.state)
         if self.group.leads:
@@ -129,7 +124,7 @@ class Session:
     def record(self, finished: Finished) -> None:
         """Note one step; measure, sample and save where it is due; stop here if a signal came."""
         row = {"step": finished.step, "loss": finished.loss, "lr": finished.lr, "grad_norm": finished.grad_norm}
-        speed = self.batches(0).tokens(finished.step - 1) / max(1e-9, finished.seconds)
+        speed = self.plan.tokens(finished.step - 1) / max(1e-9, finished.seconds)
         self.bar.set_postfix(
             loss=f"{finished.loss:.3f}", lr=f"{finished.lr:.1e}", tokens_per_s=f"{speed:.0f}", refresh=False
         )
@@ -159,8 +154,8 @@ class Session:
     def _measure(self, row: dict[str, float]) -> None:
         """Held-out losses of the present adapter, and its answers to the sample prompts."""
         step = int(row["step"])
-        identity, control = self.documents["held_out"], self.documents["control"]
-        row["held_out_loss"] = mean_loss(self.model, identity + control, self.train.max_length, self.group.map)
+        held_out, control = self.documents["held_out"], self.documents["control"]
+        row["held_out_loss"] = mean_loss(self.model, held_out + control, self.train.max_length, self.group.map)
         self._note(row)
         if self.recorded.best_loss is None or row["held_out_loss"] < self.recorded.best_loss:
             self.recorded.best_loss, self.recorded.best_step = row["held_out_loss"], step
@@ -193,14 +188,11 @@ class Session:
     def _draft(self, step: int) -> Draft | None:
         if not self.group.leads:
             return None
-        adapter = get_peft_model_state_dict(self.model.model)
-        tensors = {f"adapter.{name}": tensor for name, tensor in adapter.items()}
-        for index, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{key}": tensor for key, tensor in state.items()}
-        return Draft(self.store, step, tensors)
+        adapter, optimizer = get_peft_model_state_dict(self.model.model), self.optimizer.state_dict()["state"]
+        return Draft(self.store, step, checkpoint_layout.named_tensors(adapter, optimizer))
 
     def _finish(self, draft: Draft, step: int) -> None:
-        self.latest = draft.finish(vars(self.recorded), self.identity)
+        self.latest = draft.finish(vars(self.recorded), self.conditions)
         # What is kept must not tell where a run was stopped: it becomes part of the artefact.
         newest = [saved for saved in checkpoint.saved_steps(self.store) if self._is_due(saved)]
         checkpoint.prune(self.store, {*newest[-self.train.keep_checkpoints :], step, self.recorded.best_step or step})

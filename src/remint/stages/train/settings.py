@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from remint.core.config import DTYPES, check
-from remint.qlora import Lora, Quantization
+from remint.core.settings import DTYPES, check_ranges
+from remint.model.qlora import Lora, Quantization
 
 SCHEDULES = ("cosine", "linear", "constant")
 
@@ -39,7 +39,7 @@ class Train:
     resume: bool
 
     def __post_init__(self) -> None:
-        check("train", *_optimizer_rules(self), *_batch_rules(self), *_watching_rules(self))
+        check_ranges("train", *_optimizer_rules(self), *_batch_rules(self), *_watching_rules(self))
 
 
 def _optimizer_rules(t: Train) -> list[tuple[bool, str, object, str]]:

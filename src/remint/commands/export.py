@@ -1,0 +1,28 @@
+"""`remint export`: write the merged model in the layout of its base."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+
+class Layout(StrEnum):
+    """The layouts that can be written."""
+
+    internlm2 = "internlm2"
+
+
+def main(
+    layout: Annotated[Layout, Argument(help="Whose tensor names, config and tokenizer to write.")],
+    folder: Annotated[Path | None, Argument(help="Folder to write; default: `export` beside the model.")] = None,
+    model: Annotated[Path | None, Option(help="Folder of the model; default: the pipeline's.")] = None,
+) -> None:
+    """Write the merged model in another layout, for tools that want it."""
+    from remint.runner import memory
+    from remint.runner.config import places
+    from remint.serving import export
+
+    paths = places()
+    with memory.explained("export", {}):
+        export.to_internlm2(model or paths.model, paths.base, folder or paths.model.parent / "export")

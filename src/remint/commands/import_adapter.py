@@ -1,0 +1,24 @@
+"""`remint import-adapter`: turn an adapter that XTuner trained for InternLM2 into one for the base."""
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+
+def main(
+    path: Annotated[Path, Argument(help="XTuner's .pth, or a folder with adapter_config.json.")],
+    to: Annotated[Path | None, Option(help="Folder to write; default: `imported` beside the adapter.")] = None,
+    alpha: Annotated[float | None, Option(help="lora_alpha, where a .pth does not say it.")] = None,
+) -> None:
+    """Turn an adapter of XTuner 0.1 for InternLM2 into one for the base.
+
+    Base and data set must be there: `remint replicate_data` and `remint stage_base` make them.
+    """
+    from remint.runner import memory, xtuner
+    from remint.runner.config import places
+
+    paths = places()
+    with memory.explained("import-adapter", {}):
+        source = xtuner.read_source(path, alpha)
+        xtuner.to_llama(source, path, paths.base, paths.dataset, to or paths.adapter.parent / "imported")

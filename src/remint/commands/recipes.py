@@ -1,0 +1,18 @@
+"""`remint recipes`: list the ready-made params.yaml files."""
+
+from typing import Annotated
+
+from typer import Argument
+
+from remint.core.errors import RemintError
+from remint.runner import recipes
+
+
+def main(pattern: Annotated[str, Argument(help="Part of a name, like internlm2.")] = "") -> None:
+    """List the ready-made params.yaml files."""
+    found = [name for name in recipes.names() if pattern.lower() in name.lower()]
+    if not found:
+        raise RemintError(f"recipes: none matches, got {pattern!r}; without a pattern all are listed")
+    width = max(len(name) for name in found)
+    for name in found:
+        print(f"{name:<{width}}  {recipes.summary(name)}")

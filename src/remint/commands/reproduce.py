@@ -1,0 +1,122 @@
+"""`remint reproduce`: rebuild the committed pipeline elsewhere, out of nothing, and compare every byte: the promise, as a command.
+
+What a rebuild is compared with:
+
+- the committed dvc.lock, by DVC's own hashes: that is what was committed, and DVC hashes names and contents by itself,
+  while the artefacts' manifests are written by the very code that is on trial;
+- the artefacts under data/, where there are any, and the first rebuild: file by file, by size and sha256. A folder's hash
+  in dvc.lock cannot tell which of its files differs; these can.
+
+It shares the environment (.venv) and nothing else with the place that it is started from: DVC gets an empty cache, MLflow
+an empty database, and there is no unfinished work.
+"""
+
+import filecmp
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+from typer import Option
+
+from remint.core import manifest
+from remint.core.errors import RemintError, got
+from remint.core.paths import PARAMS
+from remint.runner.config import load_yaml
+from remint.runner.rebuild import LOCK, Rebuild, clone, duration, elsewhere, git, run, say_if_stale
+
+_SHOWN = 12  # differences that are told of one artefact
+
+
+def main(
+    times: Annotated[int, Option(metavar="N", help="Number of rebuilds.")] = 1,
+    vary: Annotated[bool, Option("--vary", help="Rebuild once more as another user in another environment.")] = False,
+) -> None:
+    """Rebuild the last commit elsewhere and compare every byte.
+
+    If a byte differs or a stage fails, the rebuilds are kept.
+    """
+    if times < 1:
+        raise RemintError(f"reproduce: --times must be 1 or more, {got(times)}; say how often to rebuild")
+    here, started = Path.cwd(), time.monotonic()
+    commit = git(here, "rev-parse", "HEAD").strip()
+    lock = git(here, "show", f"{commit}:./{LOCK}")
+    place = Path(tempfile.mkdtemp(prefix="remint-reproduce-"))
+    place.chmod(0o755)  # another user must get in
+    committed = place / f"committed-{LOCK}"
+    try:
+        committed.write_text(lock, encoding="utf-8")
+        _say_what_is_left_out(here)
+        rebuilds = [Rebuild(f"rebuild {n}", place / f"rebuild-{n}") for n in range(1, times + 1)]
+        rebuilds += [elsewhere(place)] if vary else []
+        print(f"commit {commit[:12]}: a rebuild takes as long as `make repro` does from nothing", flush=True)
+        for rebuild in rebuilds:
+            clone(here, rebuild.folder, commit)
+            if rebuild is rebuilds[0]:
+                say_if_stale(rebuild.folder)
+            run(rebuild)
+        differing = compare(here, rebuilds, committed)
+    except BaseException:
+        print(f"kept for a look: {place}", flush=True)
+        raise
+    if differing:
+        raise RemintError(
+            f"reproduce: not the same: {', '.join(differing)}; see above, the rebuilds are kept in {place}"
+        )
+    shutil.rmtree(place)
+    print(f"\nreproduced: every byte of commit {commit[:12]}, in {duration(time.monotonic() - started)}")
+
+
+def compare(here: Path, rebuilds: Sequence[Rebuild], committed: Path) -> list[str]:
+    """Print one row an artefact, with its differences below it; returns the names of those that have any.
+
+    `committed` is the dvc.lock that every rebuild should equal; under `here` lie the artefacts of today, or none.
+    """
+    first, expected = rebuilds[0].folder, _hashes(committed)
+    outs = {*expected, *_hashes(first / LOCK)}
+    differing = []
+    print(f"\n{'':<18}{'files':>6}{'bytes':>16}  sha256")
+    for place in load_yaml(first / PARAMS)["paths"].values():
+        mine = sorted(out for out in outs if Path(place) in (Path(out), *Path(out).parents))
+        if not mine:
+            continue
+        faults = []
+        for rebuild in rebuilds:
+            made = _hashes(rebuild.folder / LOCK)
+            changed = [out for out in mine if made.get(out) != expected.get(out)]
+            faults += [f"{rebuild.label}: {out}: {made.get(out)}, committed {expected.get(out)}" for out in changed]
+            for label, folder in ((f"{place} here", here), (rebuilds[0].label, first)):
+                if (folder / place).is_dir() and folder != rebuild.folder:
+                    found = manifest.differences(rebuild.folder / place, manifest.inventory(folder / place))
+                    faults += [f"{rebuild.label} against {label}: {fault}" for fault in found]
+        files = manifest.inventory(first / place)
+        size = sum(facts["bytes"] for facts in files.values())
+        _row(f"{place:<18}{len(files):>6}{size:>16,}  {manifest.digest(files)[:12]}", faults)
+        differing += [place] if faults else []
+    faults = [
+        f"{r.folder / LOCK}: not the committed one"
+        for r in rebuilds
+        if not filecmp.cmp(r.folder / LOCK, committed, False)
+    ]
+    _row(f"{LOCK:<18}{1:>6}{committed.stat().st_size:>16,}  {manifest.file_digest(committed)[:12]}", faults)
+    return differing + ([LOCK] if faults else [])
+
+
+def _row(text: str, faults: Sequence[str]) -> None:
+    print(f"{text}  {'DIFFERS' if faults else 'identical'}")
+    for line in [*faults[:_SHOWN], *([f"... and {len(faults) - _SHOWN} more"] if len(faults) > _SHOWN else [])]:
+        print(f"    {line}")
+
+
+def _hashes(lock: Path) -> dict[str, str]:
+    """DVC's hash of each output that a dvc.lock records."""
+    return {out["path"]: out["md5"] for stage in load_yaml(lock)["stages"].values() for out in stage.get("outs", [])}
+
+
+def _say_what_is_left_out(here: Path) -> None:
+    changed = [line[3:] for line in git(here, "status", "--porcelain").splitlines()]
+    if changed:
+        names = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
+        print(f"not committed, so no part of this: {names}")

@@ -1,0 +1,44 @@
+"""`remint serve`: answer by HTTP with the merged model."""
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Option
+
+from remint.core.errors import RemintError, one_line
+from remint.core.settings import check_ranges
+
+
+def main(
+    model: Annotated[Path | None, Option(help="Folder of the model; default: the pipeline's.")] = None,
+    host: Annotated[str, Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, Option(help="Port to listen on.")] = 8000,
+    allowed_hosts: Annotated[
+        str, Option(metavar="HOST:PORT,…", help="Host headers to serve; default: the loopback names.")
+    ] = "",
+    max_new_tokens: Annotated[int, Option(help="Largest max_tokens of a request.")] = 512,
+) -> None:
+    """Answer by HTTP with the merged model, in the form of OpenAI's chat completions, until Ctrl-C."""
+    check_ranges(
+        "serve",
+        (0 < port < 65536, "port", port, "must be from 1 to 65535"),
+        (max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "must be 1 or more"),
+    )
+    # torch takes seconds to import: not before the arguments are known to be right.
+    from remint.runner import memory
+    from remint.runner.config import places
+    from remint.serving import completions
+
+    with memory.explained("serve", {}):
+        answerer = completions.Answerer(model or places().model, max_new_tokens)
+        hosts = [name for name in allowed_hosts.split(",") if name]
+        try:
+            server = completions.serving(answerer, host, port, hosts)
+        except OSError as error:
+            raise RemintError(
+                f"serve: port {port} of {host} cannot be had ({one_line(error)}); choose another by --port"
+            ) from None
+        with server:
+            url = f"http://{host}:{server.server_port}/v1/chat/completions"
+            print(f"serving on {url}, Ctrl-C ends it", flush=True)
+            server.serve_forever()

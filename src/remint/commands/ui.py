@@ -1,0 +1,78 @@
+"""`remint ui`: MLflow's own server on the runs of this folder: says its address once it answers, ends on Ctrl-C without a word."""
+
+import contextlib
+import http.client
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+from typer import Option
+
+from remint.core import signals
+from remint.core.errors import RemintError
+from remint.runner.process import end_with_parent
+
+_GRACE_S = 5
+
+
+def main(port: Annotated[int, Option(help="Port of 127.0.0.1 to listen on.")] = 5000) -> None:
+    """Show the runs in MLflow's pages, until Ctrl-C."""
+    _check_port(port)
+    quiet = {**os.environ, "PYTHONWARNINGS": "ignore"}  # warnings of its own libraries to its own authors
+    asked: list[int] = []
+    with signals.handled(lambda number, _: asked.append(number)):
+        server = subprocess.Popen(_command(port), env=quiet, start_new_session=True, preexec_fn=end_with_parent)
+        try:
+            if _answers(server, port, asked):
+                print(f"the runs: http://127.0.0.1:{port}/#/experiments/1/runs (Ctrl-C ends the server)", flush=True)
+            while server.poll() is None and not asked:
+                time.sleep(0.2)
+        finally:
+            status = _end(server)
+    if not asked:
+        raise RemintError(f"ui: MLflow's server ended with status {status}; see what it said above")
+
+
+def _check_port(port: int) -> None:
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except (OSError, OverflowError):
+        raise RemintError(f"make ui: port {port} cannot be had; try PORT=5001") from None
+
+
+def _command(port: int) -> list[str]:
+    return [
+        *(sys.executable, "-m", "mlflow", "server", "--uvicorn-opts", "--log-level warning"),
+        *("--backend-store-uri", f"sqlite:///{Path('mlflow.db').resolve()}"),
+        *("--host", "127.0.0.1", "--port", str(port), "--allowed-hosts", f"127.0.0.1:{port},localhost:{port}"),
+    ]
+
+
+def _end(server: subprocess.Popen[bytes]) -> int:
+    """End the server and what it has started; a page that is still being fetched does not keep it."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(_GRACE_S)
+    return server.wait()
+
+
+def _answers(server: subprocess.Popen[bytes], port: int, asked: Sequence[int]) -> bool:
+    """Whether the server came to answer, before it ended or somebody asked to end."""
+    while server.poll() is None and not asked:
+        # Not by urllib, which would ask a proxy that the environment names.
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+            with contextlib.closing(connection):
+                connection.request("GET", "/health")
+                if connection.getresponse().status == http.client.OK:
+                    return True
+        time.sleep(0.2)
+    return False

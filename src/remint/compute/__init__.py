@@ -1,0 +1,1 @@
+"""What computes: determinism, packing, loss, kernels, generation. A change reruns train and what follows it."""

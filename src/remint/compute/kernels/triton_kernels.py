@@ -1,0 +1,244 @@
+"""The Triton kernels of `ops`, which says what each computes and starts them.
+
+Sums are in fp32 and in a fixed order, without atomics. A number that changes from step to step is not specialized: Triton
+would compile a kernel once more for those that 16 divides.
+"""
+
+import triton
+import triton.language as tl
+
+# Philox keeps passing the usual batteries with seven rounds (Salmon et al. 2011).
+_ROUNDS = tl.constexpr(7)
+
+
+@triton.jit
+def _kept(seed, row, group, GROUPS: tl.constexpr, THRESHOLD: tl.constexpr):
+    """Which elements live, (rows, 8 × groups) of bool, for `row` (rows, 1) and `group` (1, groups)."""
+    a, b, c, d = tl.randint4x(seed, (row * GROUPS + group).to(tl.int32), n_rounds=_ROUNDS)
+    words = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
+    return tl.interleave(words & 0xFFFF, (words >> 16) & 0xFFFF) >= THRESHOLD
+
+
+@triton.jit(do_not_specialize=["seed"])
+def normed(
+    x, delta, weight, total, wide, dropped, rstds, wide_stride, seed, eps, gain,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, THRESHOLD: tl.constexpr, HAS_DELTA: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    at, group = tl.arange(0, BLOCK)[None, :], tl.arange(0, BLOCK // 8)[None, :]
+    inside = at < WIDTH
+    value = tl.load(x + row * WIDTH + at, mask=inside, other=0.0).to(tl.float32)
+    if HAS_DELTA:
+        value += tl.load(delta + row * WIDTH + at, mask=inside, other=0.0).to(tl.float32)
+        rounded = value.to(total.dtype.element_ty)
+        tl.store(total + row * WIDTH + at, rounded, mask=inside)
+        value = rounded.to(tl.float32)
+    rstd = 1 / tl.sqrt(tl.sum(tl.sum(value * value, 1), 0) / WIDTH + eps)
+    tl.store(rstds + row, rstd)
+    scaled = value * rstd * tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    normed = scaled.to(wide.dtype.element_ty)
+    tl.store(wide + row * wide_stride + at, normed, mask=inside)
+    if THRESHOLD > 0:
+        kept = _kept(seed, row, group, WIDTH // 8, THRESHOLD)
+        result = tl.where(kept, normed.to(tl.float32) * gain, 0.0)
+        tl.store(dropped + row * WIDTH + at, result.to(dropped.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["seed"])
+def normed_back(
+    dwide, ddropped, total, rstds, weight, dtotal, dx, dropped, wide_stride, seed, gain,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, THRESHOLD: tl.constexpr, HAS_TOTAL: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    at, group = tl.arange(0, BLOCK)[None, :], tl.arange(0, BLOCK // 8)[None, :]
+    inside = at < WIDTH
+    rstd = tl.load(rstds + row)
+    unit = tl.load(total + row * WIDTH + at, mask=inside, other=0.0).to(tl.float32) * rstd
+    scale = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    gradient = tl.load(dwide + row * wide_stride + at, mask=inside, other=0.0).to(tl.float32)
+    through = tl.load(ddropped + row * WIDTH + at, mask=inside, other=0.0).to(tl.float32)
+    normed = (unit * scale).to(dx.dtype.element_ty).to(tl.float32)
+    if THRESHOLD > 0:
+        kept = _kept(seed, row, group, WIDTH // 8, THRESHOLD)
+        through = tl.where(kept, through * gain, 0.0)
+        normed = tl.where(kept, normed * gain, 0.0)
+    tl.store(dropped + row * WIDTH + at, normed.to(dropped.dtype.element_ty), mask=inside)
+    gradient = (gradient + through) * scale
+    mean = tl.sum(tl.sum(gradient * unit, 1), 0) / WIDTH
+    result = rstd * (gradient - unit * mean)
+    if HAS_TOTAL:
+        result += tl.load(dtotal + row * WIDTH + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(dx + row * WIDTH + at, result.to(dx.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "seed"])
+def filled(
+    source, low, wide, lows, wide_stride, rows, seed, gain,
+    WIDTH: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, THRESHOLD: tl.constexpr, IS_GATED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    # A program has some rows and goes through their columns, so the low-rank product costs no pass of its own.
+    row, rank = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, RANK_BLOCK)
+    kind = wide.dtype.element_ty
+    product = tl.zeros((ROWS, RANK_BLOCK), tl.float32)
+    for first in range(0, WIDTH, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)[None, :]
+        inside = (row < rows) & (column < WIDTH)
+        if IS_GATED:
+            gate = tl.load(source + row * 2 * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+            mlp_up = tl.load(source + row * 2 * WIDTH + WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+            value = (gate * tl.sigmoid(gate) * mlp_up).to(kind)
+        else:
+            value = tl.load(source + row * WIDTH + column, mask=inside, other=0.0)
+        tl.store(wide + row * wide_stride + column, value, mask=inside)
+        if THRESHOLD > 0:
+            kept = _kept(seed, row, first // 8 + tl.arange(0, COLUMNS // 8)[None, :], WIDTH // 8, THRESHOLD)
+            value = tl.where(kept, value.to(tl.float32) * gain, 0.0).to(kind)
+        known = (rank[:, None] < RANK) & (column < WIDTH)
+        weight = tl.load(low + rank[:, None] * WIDTH + column, mask=known, other=0.0)
+        product += tl.dot(value, tl.trans(weight), input_precision="ieee")
+    known = (row < rows) & (rank[None, :] < RANK)
+    tl.store(wide + row * wide_stride + WIDTH + rank[None, :], product.to(kind), mask=known)
+    tl.store(lows + row * RANK + rank[None, :], product.to(kind), mask=known)
+
+
+@triton.jit(do_not_specialize=["rows", "share", "seed"])
+def filled_back(
+    dwide, source, low, dsource, ddowns, wide_stride, rows, share, seed, gain,
+    WIDTH: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, THRESHOLD: tl.constexpr, IS_GATED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    # A program has some columns and goes through a share of the rows, so the gradient of `low` is summed on the way.
+    # Everything is asked for before anything is computed: a program would wait for memory a second time after a product.
+    column, rank = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :], tl.arange(0, RANK_BLOCK)
+    group = tl.program_id(0) * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)[None, :]
+    kind = dsource.dtype.element_ty
+    known = (rank[:, None] < RANK) & (column < WIDTH)
+    weight = tl.load(low + rank[:, None] * WIDTH + column, mask=known, other=0.0)
+    ddown = tl.zeros((RANK_BLOCK, COLUMNS), tl.float32)
+    begin = tl.program_id(1) * share
+    for first in tl.range(begin, tl.minimum(begin + share, rows), ROWS, num_stages=STAGES):
+        row = first + tl.arange(0, ROWS)[:, None].to(tl.int64)
+        inside = (row < rows) & (column < WIDTH)
+        at_low = dwide + row * wide_stride + WIDTH + rank[None, :]
+        dlow = tl.load(at_low, mask=(row < rows) & (rank[None, :] < RANK), other=0.0)
+        gradient = tl.load(dwide + row * wide_stride + column, mask=inside, other=0.0)
+        if IS_GATED:
+            gate = tl.load(source + row * 2 * WIDTH + column, mask=inside, other=0.0)
+            mlp_up = tl.load(source + row * 2 * WIDTH + WIDTH + column, mask=inside, other=0.0)
+            gate, mlp_up = gate.to(tl.float32), mlp_up.to(tl.float32)
+            sigmoid = tl.sigmoid(gate)
+            silu = gate * sigmoid
+            value = (silu * mlp_up).to(kind)
+        else:
+            value = tl.load(source + row * WIDTH + column, mask=inside, other=0.0)
+        through = tl.dot(dlow, weight, input_precision="ieee")
+        if THRESHOLD > 0:
+            kept = _kept(seed, row, group, WIDTH // 8, THRESHOLD)
+            through = tl.where(kept, through * gain, 0.0)
+            value = tl.where(kept, value.to(tl.float32) * gain, 0.0).to(kind)
+        ddown += tl.dot(tl.trans(dlow), value, input_precision="ieee")
+        gradient = gradient.to(tl.float32) + through
+        if IS_GATED:
+            dgate = gradient * mlp_up * (sigmoid + silu * (1 - sigmoid))
+            tl.store(dsource + row * 2 * WIDTH + column, dgate.to(kind), mask=inside)
+            tl.store(dsource + row * 2 * WIDTH + WIDTH + column, (gradient * silu).to(kind), mask=inside)
+        else:
+            tl.store(dsource + row * WIDTH + column, gradient.to(kind), mask=inside)
+    tl.store(ddowns + (tl.program_id(1) * RANK + rank[:, None]).to(tl.int64) * WIDTH + column, ddown, mask=known)
+
+
+@triton.jit
+def rotated(
+    source, target, cosines, sines, source_stride, target_stride, sign,
+    HEADS: tl.constexpr, HEADS_BLOCK: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    head, column = tl.arange(0, HEADS_BLOCK)[:, None], tl.arange(0, HALF_BLOCK)[None, :]
+    inside = (head < HEADS) & (column < HALF)
+    at = head * 2 * HALF + column
+    cosine = tl.load(cosines + row * 2 * HALF + column, mask=column < HALF, other=0.0).to(tl.float32)
+    sine = tl.load(sines + row * 2 * HALF + column, mask=column < HALF, other=0.0).to(tl.float32) * sign
+    first = tl.load(source + row * source_stride + at, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(source + row * source_stride + at + HALF, mask=inside, other=0.0).to(tl.float32)
+    kind = target.dtype.element_ty
+    tl.store(target + row * target_stride + at, (first * cosine - second * sine).to(kind), mask=inside)
+    tl.store(target + row * target_stride + at + HALF, (second * cosine + first * sine).to(kind), mask=inside)
+
+
+@triton.jit
+def entropy(logits, targets, losses, VOCABULARY: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    start = logits + row * VOCABULARY
+    column = tl.arange(0, BLOCK)
+    highest = tl.full((BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, VOCABULARY, BLOCK):
+        at = first + column
+        value = tl.load(start + at, mask=at < VOCABULARY, other=float("-inf")).to(tl.float32)
+        higher = tl.maximum(highest, value)
+        # A lane that has seen nothing yet has -inf in both places, whose difference is no number.
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * tl.exp(highest - base) + tl.exp(value - base)
+        highest = higher
+    top = tl.max(highest, 0)
+    norm = top + tl.log(tl.sum(total * tl.exp(highest - top), 0))
+    target = tl.load(targets + row)
+    tl.store(losses + row, norm - tl.load(start + target).to(tl.float32))
+    for first in range(0, VOCABULARY, BLOCK):
+        at = first + column
+        value = tl.load(start + at, mask=at < VOCABULARY, other=float("-inf")).to(tl.float32)
+        gradient = tl.exp(value - norm) - tl.where(at == target, 1.0, 0.0)
+        tl.store(start + at, gradient.to(logits.dtype.element_ty), mask=at < VOCABULARY)
+
+
+@triton.jit
+def _unpacked_row(
+    packed, absmax, absmax_scale, offset, lora_b, code, absmax_code, out, row, first_low,
+    WIDTH: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr,
+    SIZE: tl.constexpr, ABSMAX_SIZE: tl.constexpr, NESTED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    pair = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = pair < WIDTH // 2
+    at = row * (WIDTH // 2) + pair
+    both = tl.load(packed + at, mask=inside, other=0)
+    block = at * 2 // SIZE
+    scale = tl.load(absmax + block, mask=inside, other=0)
+    if NESTED:
+        step = tl.load(absmax_scale + block // ABSMAX_SIZE, mask=inside, other=0.0)
+        scale = tl.load(absmax_code + scale.to(tl.int32)) * step + tl.load(offset)
+    first = tl.load(code + (both >> 4).to(tl.int32)) * scale
+    second = tl.load(code + (both & 15).to(tl.int32)) * scale
+    column = tl.program_id(1) * 2 * BLOCK + tl.arange(0, 2 * BLOCK)
+    kind = out.dtype.element_ty
+    tl.store(out + column, tl.interleave(first, second).to(kind), mask=column < WIDTH)
+    if tl.program_id(1) == 0:
+        rank = tl.arange(0, RANK_BLOCK)
+        value = tl.load(lora_b + row * RANK + rank, mask=rank < RANK, other=0.0)
+        tl.store(out + WIDTH + first_low + rank, value.to(kind), mask=rank < RANK)
+
+
+@triton.jit
+def unpacked(
+    packed0, absmax0, scale0, offset0, up0, packed1, absmax1, scale1, offset1, up1, packed2, absmax2, scale2, offset2, up2,
+    code, absmax_code, out, stride, end0, end1,
+    WIDTH: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr,
+    SIZE: tl.constexpr, ABSMAX_SIZE: tl.constexpr, NESTED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    to = out + row * stride
+    if row < end0:
+        _unpacked_row(
+            packed0, absmax0, scale0, offset0, up0, code, absmax_code, to, row, 0,
+            WIDTH, RANK, RANK_BLOCK, SIZE, ABSMAX_SIZE, NESTED, BLOCK,
+        )  # fmt: skip
+    elif row < end1:
+        _unpacked_row(
+            packed1, absmax1, scale1, offset1, up1, code, absmax_code, to, row - end0, RANK,
+            WIDTH, RANK, RANK_BLOCK, SIZE, ABSMAX_SIZE, NESTED, BLOCK,
+        )  # fmt: skip
+    else:
+        _unpacked_row(
+            packed2, absmax2, scale2, offset2, up2, code, absmax_code, to, row - end1, 2 * RANK,
+            WIDTH, RANK, RANK_BLOCK, SIZE, ABSMAX_SIZE, NESTED, BLOCK,
+        )  # fmt: skip

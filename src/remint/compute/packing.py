@@ -1,0 +1,132 @@
+"""Conversations to token rows: targets shifted inside each document, documents packed into rows without being cut.
+
+A target sits where its token is predicted and never crosses a document's border, so packing cannot change the loss;
+positions restart with every document, from which attention knows where documents end.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from remint.model.template import Conversation
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Document:
+    """Ids of one conversation and, at each position, the id to predict there or IGNORED (both int32, one length)."""
+
+    ids: np.ndarray
+    targets: np.ndarray
+
+    @property
+    def learned(self) -> int:
+        """Number of supervised tokens."""
+        return int((self.targets != IGNORED).sum())
+
+
+def encode(tokenizer: Any, conversation: Conversation, rows: Iterable[Mapping[str, Any]]) -> list[Document]:
+    """One document a row, in order; equal rows share one document, so copies cost neither time nor memory."""
+    known: dict[tuple[tuple[str, str], ...], Document] = {}
+    documents = []
+    for row in rows:
+        key = tuple((message["role"], message["content"]) for message in row["messages"])
+        if key not in known:
+            ids, learned = conversation.encode(tokenizer, row["messages"])
+            known[key] = document(ids, learned)
+        documents.append(known[key])
+    return documents
+
+
+def document(ids: Sequence[int], learned: Sequence[bool]) -> Document:
+    """Shift: the target at a position is the next token where that one is learned."""
+    tokens = np.asarray(ids, dtype=np.int32)
+    targets = np.full(len(tokens), IGNORED, dtype=np.int32)
+    targets[:-1] = np.where(np.asarray(learned[1:], dtype=bool), tokens[1:], IGNORED)
+    return Document(tokens, targets)
+
+
+def cut(documents: Sequence[Document], max_length: int) -> list[Document]:
+    """Documents of at most `max_length` tokens. A longer one becomes several that keep every target, none is dropped."""
+    return [
+        Document(whole.ids[start : start + max_length], whole.targets[start : start + max_length])
+        for whole in documents
+        for start in range(0, len(whole.ids), max_length)
+    ]
+
+
+def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
+    """Put documents into as few rows of at most `max_length` tokens as best-fit decreasing finds; whole and all of them.
+
+    Returns row → indices into `lengths`. Linear in the number of documents: rows are found by the space that they have
+    left, with one bit for each space that occurs (after Johnson 1974, whose bound is 11/9 of the best plus one).
+    """
+    rows: list[list[int]] = []
+    by_space: list[list[int]] = [[] for _ in range(max_length + 1)]
+    occupied = 0
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        fitting = occupied >> lengths[index]
+        if fitting:
+            space = lengths[index] + (fitting & -fitting).bit_length() - 1
+            row = by_space[space].pop()
+            if not by_space[space]:
+                occupied ^= 1 << space
+        else:
+            space, row = max_length, len(rows)
+            rows.append([])
+        rows[row].append(index)
+        left = space - lengths[index]
+        by_space[left].append(row)
+        occupied |= 1 << left
+    return rows
+
+
+def epoch_rows(lengths: Sequence[int], max_length: int, packing: bool, seed: int, epoch: int) -> list[list[int]]:
+    """The rows of one epoch in training order, each a list of document numbers: a pure function of its arguments."""
+    random = np.random.default_rng([seed, epoch])
+    order = random.permutation(len(lengths))
+    if not packing:
+        return [[int(index)] for index in order]
+    packed = pack([lengths[index] for index in order], max_length)
+    return [[int(order[i]) for i in packed[row]] for row in random.permutation(len(packed))]
+
+
+Batch = dict[str, torch.Tensor]
+
+
+def collate(rows: Sequence[Sequence[Document]]) -> Batch:
+    """A batch of rows: input_ids, position_ids, labels (the targets), int64 of shape (rows, longest row).
+
+    `starts` (int32) are where documents begin in the flattened batch, and its end; `learned` (int64) the flat positions with
+    a target. Padding is a document of its own at the end of a row, with ids
+    0 and no target: causal attention and the restarted positions keep it out of everybody's sight.
+    """
+    width = max(sum(len(doc.ids) for doc in row) for row in rows)
+    batch = {name: np.zeros((len(rows), width), dtype=np.int64) for name in ("input_ids", "position_ids", "labels")}
+    batch["labels"][:] = IGNORED
+    lengths = []
+    for number, row in enumerate(rows):
+        start = 0
+        for doc in row:
+            end = start + len(doc.ids)
+            batch["input_ids"][number, start:end] = doc.ids
+            batch["labels"][number, start:end] = doc.targets
+            batch["position_ids"][number, start:end] = np.arange(end - start)
+            start = end
+            lengths.append(len(doc.ids))
+        batch["position_ids"][number, start:] = np.arange(width - start)
+        lengths += [width - start] if width > start else []
+    return {
+        **{name: torch.from_numpy(array) for name, array in batch.items()},
+        "starts": torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
+        "learned": torch.from_numpy(np.flatnonzero(batch["labels"] != IGNORED)),
+    }
+
+
+def moved(batch: Batch, where: torch.device) -> Batch:
+    """The batch with its tensors on a device."""
+    return {name: value.to(where) for name, value in batch.items()}

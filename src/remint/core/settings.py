@@ -1,0 +1,25 @@
+"""What settings classes are made of: checks of their ranges, names of dtypes, and the section that several stages share."""
+
+from dataclasses import dataclass
+
+from remint.core.errors import SettingsError, got
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How the numbers are computed: another value changes the result's bytes."""
+
+    threads: int
+    deterministic: bool
+
+    def __post_init__(self) -> None:
+        check_ranges("runtime", (1 <= self.threads <= 512, "threads", self.threads, "must be between 1 and 512"))
+
+
+def check_ranges(section: str, *rules: tuple[bool, str, object, str]) -> None:
+    """Raise one SettingsError that lists every broken rule (holds, setting, value, what it must be)."""
+    faults = [f"{section}.{name}: {must}, {got(value)}" for holds, name, value, must in rules if not holds]
+    if faults:
+        raise SettingsError(*faults)

@@ -1,0 +1,42 @@
+"""What QLoRA is told: how the frozen base is held, and the shape of the adapter. No more than values, quick to import."""
+
+from dataclasses import dataclass
+
+from remint.core.settings import check_ranges
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the frozen base is held while training: QLoRA's NF4, as the tutorial had it, or not at all."""
+
+    kind: str
+    double: bool
+    block_size: int
+    dequantize: str
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            "train.quantization",
+            (self.kind in ("nf4", "fp4", "none"), "kind", self.kind, "must be nf4, fp4 or none"),
+            (self.block_size in (64, 128, 256, 512), "block_size", self.block_size, "must be 64, 128, 256 or 512"),
+            (self.dequantize in ("once", "each_use"), "dequantize", self.dequantize, "must be once or each_use"),
+        )
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Shape of the adapter. `targets` are names of linear layers; the head is never adapted unless named."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    targets: list[str]
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            "train.lora",
+            (1 <= self.rank <= 1024, "rank", self.rank, "must be between 1 and 1024"),
+            (self.alpha > 0, "alpha", self.alpha, "must be greater than 0"),
+            (0 <= self.dropout < 1, "dropout", self.dropout, "must be at least 0 and below 1"),
+            (len(self.targets) > 0, "targets", self.targets, "must name at least one linear layer"),
+        )

@@ -1,0 +1,283 @@
+"""A stage's settings: conf/<group>/<choice>.yaml < params.yaml < the command line, and only what the stage declares.
+
+The arguments of a stage's `run` are the sections that dvc.yaml declares for it, so a stage cannot read a setting
+whose change would not rerun it. Hydra composes them, so a sweep by DVC and a command by hand mean the same.
+"""
+
+import difflib
+import io
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import field, fields, is_dataclass, make_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml  # type: ignore[import-untyped]
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from remint.core.errors import SettingsError, got, one_line
+from remint.core.files import is_encodable, read_text
+from remint.core.paths import CONF, PARAMS, Paths
+from remint.runner.typed import alternatives, build, wrong_types
+
+# Arguments of `run` that are not settings of the stage itself.
+_SUPPLIED = ("log", "fingerprint", "dependencies", "return")
+_MAX_YAML_BYTES, _MAX_YAML_DEPTH = 2**20, 20
+
+
+def sections(run: Callable[..., None]) -> dict[str, Any]:
+    """The sections a stage asks for, each with its type."""
+    return {name: kind for name, kind in get_type_hints(run).items() if name not in _SUPPLIED}
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping as Hydra reads it: 1e-4 is a number here, while yaml.safe_load makes it a string."""
+    text = read_text(
+        path, "run this at the root of the repository, or get the file again", SettingsError, _MAX_YAML_BYTES
+    )
+    return parse_yaml(text, path)
+
+
+def parse_yaml(text: str, path: Path) -> dict[str, Any]:
+    """The same for a text; `path` is where it stands."""
+    try:
+        _check_events(text)
+        content = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
+    except Exception as error:  # PyYAML and OmegaConf raise many kinds, a KeyError or IndexError among them
+        raise SettingsError(f"{path}: is no valid YAML: {one_line(error)}; mend that line") from None
+    if not isinstance(content, dict):
+        raise SettingsError(f"{path}: must be a mapping of sections, {got(content)}; `git checkout {path}` restores it")
+    return {str(key): value for key, value in content.items()}
+
+
+def compose(run: Callable[..., None], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The arguments for `run`, typed and checked, from params.yaml and `overrides` like `train.lr=1e-3`."""
+    return to_objects(run, compose_raw(run, overrides), overrides)
+
+
+def compose_raw(run: Callable[..., None], overrides: Sequence[str] = ()) -> DictConfig:
+    """The stage's composed configuration as Hydra gives it: what `--cfg` prints and a fingerprint covers."""
+    params, wanted = load_yaml(PARAMS), sections(run)
+    absent = [name for name in wanted if name not in params]
+    if absent:
+        raise SettingsError(
+            *(f"{PARAMS}: section {name!r} is missing; `make recipe` shows whole files" for name in absent)
+        )
+    if faults := [fault for entry in overrides for fault in _text_faults(entry, entry.partition("=")[0])]:
+        raise SettingsError(*faults)
+    groups = [name for name in wanted if (CONF / name).is_dir()]
+    for group in groups:
+        _check_choice(group, params[group], overrides)
+    defaults: list[Any] = [f"schema_{name}" for name, kind in wanted.items() if is_dataclass(kind)]
+    defaults += [{group: params[group]} for group in groups] + ["_self_"]
+    node = {"defaults": defaults, **{name: params[name] for name in wanted if name not in groups}}
+    # Before OmegaConf sees the values: it would make the text "True" of a maker called yes.
+    faults = [fault for name, kind in wanted.items() for fault in _file_faults(name, kind, params[name], overrides)]
+    faults += [fault for entry in overrides for fault in _override_faults(entry, wanted)]
+    if faults:
+        raise SettingsError(*faults)
+    try:
+        config = _compose(node, wanted, overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise SettingsError(_explain(error, wanted)) from None
+    if faults := [*_text_faults(OmegaConf.to_container(config), "")]:
+        raise SettingsError(*faults)
+    return config
+
+
+def places() -> Paths:
+    """Where the artefacts lie, by params.yaml."""
+
+    def wanted(paths: Paths) -> None: ...
+
+    return compose(wanted)["paths"]
+
+
+def to_objects(run: Callable[..., None], config: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
+    """Turn the composed configuration into the typed arguments of `run`; their own range checks happen here.
+
+    `overrides` are those that it was composed with: a fault names the place that its value comes from.
+    """
+    try:
+        container: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise SettingsError(_explain(error, sections(run))) from None
+    arguments: dict[str, Any] = {}
+    faults: list[str] = []
+    for name, kind in sections(run).items():
+        try:
+            value = build(kind, container.get(name), name)
+            if name == "seed" and not 0 <= value < 2**32:
+                raise SettingsError(f"seed: must be between 0 and {2**32 - 1}, {got(value)}")
+            arguments[name] = value
+        except SettingsError as error:
+            faults += [
+                f"params: {fault}; change it {_place(fault.partition(':')[0], overrides)}" for fault in error.faults
+            ]
+        except OmegaConfBaseException as error:
+            faults.append(_explain(error, sections(run)))
+    if faults:
+        raise SettingsError(*faults)
+    return arguments
+
+
+def _compose(node: dict[str, Any], wanted: dict[str, Any], overrides: Sequence[str]) -> DictConfig:
+    store = ConfigStore.instance()
+    for name, kind in wanted.items():
+        if is_dataclass(kind):
+            store.store(name=f"schema_{name}", node=_schema(kind), package=name)
+    store.store(name="stage", node=node)
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+        return hydra_compose("stage", overrides=list(overrides))
+
+
+def _schema(kind: Any) -> type:
+    """A twin of a settings class that OmegaConf may fill: it makes frozen classes read-only before it has read them."""
+    hints = get_type_hints(kind)
+    twins = [
+        (
+            own.name,
+            _schema(hints[own.name]) if is_dataclass(hints[own.name]) else hints[own.name],
+            field(default=own.default),
+        )
+        for own in fields(kind)
+    ]
+    return make_dataclass(kind.__name__, twins)
+
+
+def _file_faults(name: str, kind: Any, value: Any, overrides: Sequence[str]) -> Iterator[str]:
+    """What is of a wrong type in a section of params.yaml, or in the file of conf/ that it names."""
+    path = PARAMS
+    if (CONF / name).is_dir():
+        path = CONF / name / f"{_chosen(name, value, overrides)}.yaml"
+        value = load_yaml(path)
+    for setting, fault, cure in wrong_types(kind, value, name):
+        yield f"params: {setting}: {fault}; {cure} in {path}"
+
+
+def _override_faults(entry: str, wanted: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with a setting of the command line that names one of the `wanted`."""
+    try:
+        (override,) = OverridesParser.create().parse_overrides([entry])
+    except (HydraException, OmegaConfBaseException, RecursionError):
+        yield f"command line: is no setting, {got(entry)}; write name=value, like train.lr=1e-3, with quotes around odd text"
+        return
+    if override.is_add() or override.is_delete():
+        yield f"command line: no setting can be added or taken away, {got(entry)}; write name=value"
+        return
+    kind = _kind(override.key_or_group, wanted)
+    if kind is None or override.is_sweep_override():
+        return
+    value = override.value()
+    # A shell takes quotes away, so a number may be meant as text.
+    if type(value) in (int, float) and str in alternatives(kind):
+        value = str(value)
+    if not is_dataclass(kind) or not isinstance(value, dict):
+        for setting, fault, cure in wrong_types(kind, value, override.key_or_group):
+            yield f"params: {setting}: {fault}; {cure} on the command line"
+
+
+def _kind(setting: str, wanted: dict[str, Any]) -> Any:
+    """The declared type of a setting like `train.lora.rank`, None if there is no such setting or it chooses a file."""
+    section, *rest = setting.split(".")
+    if section not in wanted or (not rest and (CONF / section).is_dir()):
+        return None
+    kind = wanted[section]
+    for name in rest:
+        kind = get_type_hints(kind).get(name) if is_dataclass(kind) else None
+    return kind
+
+
+def _check_events(text: str) -> None:
+    """Refuse what makes a small file large or deep: an alias of an alias of a list grows beyond any memory."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.YAMLError(
+                f"line {event.start_mark.line + 1}: has an alias, got *{event.anchor}; write the value out"
+            )
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MAX_YAML_DEPTH:
+            raise yaml.YAMLError(f"line {event.start_mark.line + 1}: is nested too deeply")
+
+
+def _text_faults(value: object, where: str) -> Iterator[str]:
+    """What may not be in a setting: a look-up, which could carry a secret of the environment into every artefact."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _text_faults(inner, f"{where}.{key}".lstrip("."))
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _text_faults(inner, f"{where}[{index}]")
+    elif isinstance(value, str) and "${" in value:
+        yield f"params: {where}: must hold no ${{…}}, {got(value)}; write the value itself"
+    elif isinstance(value, str) and not is_encodable(value):
+        yield f"params: {where}: must be text that UTF-8 can hold, {got(value)}; write it anew"
+
+
+def _check_choice(group: str, choice: object, overrides: Sequence[str]) -> None:
+    options = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    counts = _chosen(group, choice, overrides)
+    for where, value in ((PARAMS, choice), ("command line", counts)):
+        if value not in options:
+            raise SettingsError(
+                f"{where}: {group}: no such option, {got(value)}; "
+                f"choose from {', '.join(options)} or write {CONF / group}/<name>.yaml"
+            )
+    path = CONF / group / f"{counts}.yaml"
+    # Hydra reads the file itself, but without these checks.
+    if "defaults" in load_yaml(path):
+        raise SettingsError(f"{path}: must have no defaults list, got one; write its values out")
+
+
+def _chosen(group: str, choice: object, overrides: Sequence[str]) -> object:
+    """The option that counts: that of the command line, if it names one."""
+    return [choice, *(entry.partition("=")[2] for entry in overrides if entry.startswith(f"{group}="))][-1]
+
+
+def _place(setting: str, overrides: Sequence[str]) -> str:
+    """Where a setting like `train.lr` got its value."""
+    given = (entry.partition("=")[0] for entry in overrides)
+    if any(setting == name or setting.startswith(f"{name}.") for name in given):
+        return "on the command line"
+    group = setting.partition(".")[0]
+    return f"in {CONF / group / str(load_yaml(PARAMS)[group])}.yaml" if (CONF / group).is_dir() else f"in {PARAMS}"
+
+
+def _explain(error: Exception, wanted: dict[str, Any]) -> str:
+    """Hydra's message in one line, with the nearest names that exist."""
+    text = one_line(error)
+    unknown = re.search(r"Key '([^']+)' (?:is not in struct|not in '(\w+)')|Could not override '([^']+)'", text)
+    full = re.search(r"full_key: (\S+)", text)
+    where = full[1].rstrip(",") if full else None
+    if unknown:
+        name = where or unknown[1] or unknown[3]
+        if (section := name.partition(".")[0]) not in wanted and section in load_yaml(PARAMS):
+            return (
+                f"params: {name}: is a setting of other stages, this one knows {', '.join(wanted)}; set it in {PARAMS}"
+            )
+        return f"params: {name}: no such setting{_nearest(name, wanted)}"
+    if where:
+        problem = text.split(" full_key:")[0]
+        return f"params: {where}: {problem}; change it in params.yaml or on the command line"
+    return f"settings: {text}"
+
+
+def _nearest(name: str, wanted: dict[str, Any]) -> str:
+    known = [setting for section, kind in wanted.items() for setting in _settings(section, kind)]
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(near)}?" if near else f"; this stage knows {', '.join(wanted)}"
+
+
+def _settings(name: str, kind: Any) -> list[str]:
+    """Full names of a section and of all settings in it."""
+    fields = get_type_hints(kind).items() if is_dataclass(kind) else ()
+    return [name, *(setting for field, hint in fields for setting in _settings(f"{name}.{field}", hint))]

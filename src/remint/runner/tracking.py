@@ -1,0 +1,280 @@
+"""MLflow: stages that are worth watching log live, and every state of the pipeline becomes one complete run.
+
+MLflow watches, DVC owns: whatever goes wrong here is told in a line and changes no artefact.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import re
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from remint.core.errors import RemintError, Stopped, one_line, visible
+from remint.core.files import read_object, read_rows
+from remint.core.log import Log, silent
+from remint.core.manifest import NAME, digest, file_digest, flat
+from remint.core.paths import PARAMS
+from remint.runner.config import load_yaml, places
+
+EXPERIMENT = "remint"
+_LIVE = ("train", "eval_chat")
+_ROOT = Path(os.environ.get("DVC_ROOT") or Path.cwd())
+
+
+def store() -> str:
+    """Where runs are kept: $MLFLOW_TRACKING_URI, or a database file at the root of the repository."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{_ROOT / 'mlflow.db'}"
+
+
+@contextlib.contextmanager
+def stage_run(stage: str, fingerprint: str, config: DictConfig) -> Iterator[Log]:
+    """A Log for one run of a stage. An unfinished MLflow run of the same fingerprint is continued, each step once."""
+    sink = _Sink(lambda: _open(stage, fingerprint, config)) if stage in _LIVE else None
+    status = "FAILED"
+    try:
+        yield sink.log if sink else silent
+        status = "FINISHED"
+    except (KeyboardInterrupt, Stopped):
+        status = "KILLED"
+        raise
+    finally:
+        if sink:
+            sink.close(status)
+
+
+class _Sink:
+    """Sends metrics to one MLflow run; the first failure silences it, for the work must go on."""
+
+    def __init__(self, opened: Callable[[], tuple[Any, str, dict[str, int]]]):
+        self._client: Any = None
+        self._monitor: Any = None
+        self._guard(lambda: self._start(*opened()))
+
+    def _start(self, client: Any, run_id: str, logged: dict[str, int]) -> None:
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        self._client, self._run_id, self._logged = client, run_id, logged
+        # Processor, memory, disk and GPU, every ten seconds, beside the stage's own figures.
+        logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)
+        self._monitor = SystemMetricsMonitor(run_id, resume_logging=bool(logged), tracking_uri=store())
+        self._monitor.start()
+
+    def log(self, metrics: Mapping[str, float], step: int = 0) -> None:
+        """Send what was not sent for this step before."""
+        fresh = {
+            key: float(value) for key, value in metrics.items() if self._client and self._logged.get(key, -1) < step
+        }
+        if not fresh:
+            return
+        from mlflow.entities import Metric
+        from mlflow.utils.time import get_current_time_millis
+
+        now = get_current_time_millis()
+        entries = [Metric(key, value, now, step) for key, value in fresh.items()]
+        self._guard(lambda: self._client.log_batch(self._run_id, metrics=entries))
+        self._logged |= dict.fromkeys(fresh, step)
+
+    def close(self, status: str) -> None:
+        """End the run with MLflow's word for how it went."""
+        if self._monitor:
+            self._monitor.finish()
+        if self._client:
+            self._guard(lambda: self._client.set_terminated(self._run_id, status))
+
+    def _guard(self, call: Callable[[], object]) -> None:
+        try:
+            call()
+        except Exception as error:  # anything: a tracking server may fail in any way, and must not stop the work
+            self._client = None
+            print(
+                f"warning: MLflow at {_public(store())} cannot be reached, going on without it: {visible(_public(one_line(error)))}",
+                flush=True,
+            )
+
+
+def _public(text: str) -> str:
+    """A text without the user and password that an address in it may hold."""
+    return re.sub(r"//[^/@\s]*@", "//", text)
+
+
+def _open(stage: str, fingerprint: str, config: DictConfig) -> tuple[Any, str, dict[str, int]]:
+    """Client, run id and the last logged step of each metric."""
+    client, experiment = _connect()
+    unfinished = client.search_runs(
+        [experiment], f"tags.`remint.fingerprint` = '{fingerprint}' and attributes.status != 'FINISHED'", max_results=1
+    )
+    if unfinished:
+        run_id = unfinished[0].info.run_id
+        client.update_run(run_id, "RUNNING")
+        logged = {
+            key: max(m.step for m in client.get_metric_history(run_id, key)) for key in unfinished[0].data.metrics
+        }
+        return client, run_id, logged
+    tags = {"remint.kind": "stage", "remint.stage": stage, "remint.fingerprint": fingerprint, **_circumstances()}
+    run_id = client.create_run(experiment, run_name=f"{stage}-{fingerprint[:7]}", tags=tags).info.run_id
+    settings = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(settings, dict)
+    settings.pop("paths", None)
+    _log_params(client, run_id, {str(key): value for key, value in settings.items()})
+    if stage == "train":
+        _log_datasets(client, run_id, Path(config.paths.dataset))
+    return client, run_id, {}
+
+
+def sync() -> None:
+    """Make the run of the pipeline's present state, once; a wiped store gets it again. Prints where to look.
+
+    Raises RemintError if MLflow cannot be reached or written.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        _sync()
+    except (MlflowException, OSError) as error:
+        raise RemintError(
+            f"MLflow at {_public(store())}: cannot be reached or written ({_public(one_line(error))}); mend that and run `remint sync`"
+        ) from error
+
+
+def _sync() -> None:
+    paths = vars(places())
+    client, experiment = _connect()
+    key = digest({name: file_digest(path / NAME) for name, path in sorted(paths.items()) if (path / NAME).is_file()})
+    found = client.search_runs(
+        [experiment], f"tags.`remint.state` = '{key}' and attributes.status = 'FINISHED'", max_results=1
+    )
+    if found:
+        print(f"MLflow: pipeline run {found[0].info.run_name} has this state already")
+        return
+    name = f"pipeline-{key[:7]}"
+    tags = {"remint.kind": "pipeline", "remint.state": key, **_circumstances()}
+    run_id = client.create_run(experiment, run_name=name, tags=tags).info.run_id
+    _log_params(client, run_id, {k: v for k, v in load_yaml(PARAMS).items() if k != "paths"})
+    _log_metrics(client, run_id, paths)
+    _log_datasets(client, run_id, paths["dataset"])
+    _adopt_stage_runs(client, experiment, run_id, paths)
+    for file in (paths["report"] / "report.html", paths["report"] / "transcript.jsonl", PARAMS, Path("dvc.lock")):
+        if file.is_file():
+            client.log_artifact(run_id, str(file))
+    _register(client, run_id, paths["model"])
+    client.set_terminated(run_id, "FINISHED")
+    print(f"MLflow: pipeline run {name} logged; `make ui` shows it")
+
+
+def _connect() -> tuple[Any, str]:
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    # A server that is away must cost seconds, not the minutes that the default retries take.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    import mlflow
+
+    mlflow.set_tracking_uri(store())
+    client = mlflow.MlflowClient()
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    artifacts = None if os.environ.get("MLFLOW_TRACKING_URI") else (_ROOT / "mlruns").as_uri()
+    return client, experiment.experiment_id if experiment else client.create_experiment(EXPERIMENT, artifacts)
+
+
+def _log_params(client: Any, run_id: str, settings: Mapping[str, Any]) -> None:
+    from mlflow.entities import Param
+
+    client.log_batch(run_id, params=[Param(key, str(value)[:6000]) for key, value in flat(settings)])
+
+
+def _log_metrics(client: Any, run_id: str, paths: Mapping[str, Path]) -> None:
+    metrics = paths["report"] / "metrics.json"
+    if metrics.is_file():
+        for key, value in flat(read_object(metrics)):
+            client.log_metric(run_id, key, float(value))
+    history = paths["checkpoint"] / "history.jsonl"
+    if history.is_file():
+        for row in read_rows(history):
+            for key in row.keys() - {"step"}:
+                client.log_metric(run_id, f"train.{key}", float(row[key]), step=int(row["step"]))
+
+
+def _log_datasets(client: Any, run_id: str, folder: Path) -> None:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    files = read_object(folder / NAME)["files"]
+    inputs = [
+        DatasetInput(
+            Dataset(name, facts["sha256"][:36], "local", json.dumps({"uri": (folder / name).as_posix()})),
+            [InputTag("mlflow.data.context", "training" if name == "train.jsonl" else "evaluation")],
+        )
+        for name, facts in sorted(files.items())
+    ]
+    client.log_inputs(run_id, inputs)
+
+
+def _adopt_stage_runs(client: Any, experiment: str, run_id: str, paths: Mapping[str, Path]) -> None:
+    """Put the stage runs that made this state under the pipeline's run; their fingerprints lie in the artefacts."""
+    made_by = {
+        "train": _facts(paths["checkpoint"]).get("origin", {}).get("fingerprint"),
+        "eval_chat": _facts(paths["report"]).get("fingerprint"),
+    }
+    for stage, fingerprint in made_by.items():
+        if not fingerprint:
+            continue
+        client.set_tag(run_id, f"remint.{stage}.fingerprint", fingerprint)
+        for run in client.search_runs([experiment], f"tags.`remint.fingerprint` = '{fingerprint}'", max_results=1):
+            client.set_tag(run_id, f"remint.{stage}.run_id", run.info.run_id)
+            if "mlflow.parentRunId" not in run.data.tags:
+                client.set_tag(run.info.run_id, "mlflow.parentRunId", run_id)
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    """The facts in an artefact's manifest, empty where there is none."""
+    file = folder / NAME
+    return read_object(file)["facts"] if file.is_file() else {}
+
+
+def _register(client: Any, run_id: str, model: Path) -> None:
+    """Register the merged model by reference and give it the alias `champion`; its gigabytes stay with DVC."""
+    if not (model / NAME).is_file():
+        return
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    with contextlib.suppress(MlflowException):
+        client.create_registered_model(
+            EXPERIMENT, description="Merged models, by reference to the artefact that DVC tracks"
+        )
+    tags = {"manifest.sha256": file_digest(model / NAME), "path": model.as_posix()}
+    with mlflow.start_run(run_id=run_id):
+        logged = mlflow.pyfunc.log_model(
+            name="model",
+            python_model=str(Path(__file__).parents[1] / "serving/mlflow_model.py"),
+            model_config={"path": model.as_posix(), "manifest_sha256": tags["manifest.sha256"]},
+            pip_requirements=["remint"],
+            registered_model_name=None,
+        )
+    version = client.create_model_version(
+        EXPERIMENT, logged.model_uri, run_id, tags=tags, model_id=logged.model_id
+    )  # a server wants to be told what the source is part of
+    client.set_registered_model_alias(EXPERIMENT, "champion", version.version)
+
+
+def _circumstances() -> dict[str, str]:
+    """Commit, whether the tree was clean, DVC experiment and image: set by hand, for MLflow drops them without git."""
+    environment = os.environ
+    known = {
+        "git.commit": environment.get("GIT_COMMIT") or _git("rev-parse", "HEAD"),
+        "git.dirty": str(bool(_git("status", "--porcelain", "--untracked-files=no"))).lower(),
+        "dvc.experiment": environment.get("DVC_EXP_NAME", ""),
+        "dvc.baseline": environment.get("DVC_EXP_BASELINE_REV", ""),
+        "docker.image": environment.get("IMAGE_ID", ""),
+    }
+    return {key: value for key, value in known.items() if value}
+
+
+def _git(*arguments: str) -> str:
+    with contextlib.suppress(OSError):
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()
+    return ""

