@@ -1,5 +1,6 @@
 """Schedule, weights, checkpoints, and the promise that an interrupted run ends in the same bytes."""
 
+import contextlib
 import errno
 import itertools
 import json
@@ -159,7 +160,7 @@ def test_a_checkpoint_of_other_conditions_is_refused(tmp_path):
         checkpoint.load_newest(tmp_path, {"key": "b"})
 
 
-def test_a_full_disk_is_told_and_harms_no_earlier_checkpoint(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_and_harms_no_earlier_checkpoint(tmp_path, monkeypatch):
     saved(tmp_path, 2)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: type("U", (), {"free": 10})())
     with pytest.raises(ArtefactError, match="MiB more are needed"):
@@ -168,7 +169,7 @@ def test_a_full_disk_is_told_and_harms_no_earlier_checkpoint(tmp_path, monkeypat
     assert checkpoint.load_newest(tmp_path, {"key": "a"}).step == 2
 
 
-def test_a_disk_that_fills_up_meanwhile_is_told_with_what_is_missing(tmp_path, monkeypatch):
+def test_a_disk_that_fills_up_during_a_save_is_reported_with_the_missing_space(tmp_path, monkeypatch):
     def fill(state):
         free[0] = 10
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -182,7 +183,7 @@ def test_a_disk_that_fills_up_meanwhile_is_told_with_what_is_missing(tmp_path, m
 
 
 def resealed(folder, change):
-    """Change a checkpoint and write its manifest anew, as somebody who means harm would."""
+    """Change a checkpoint and write a matching manifest, as an attacker would."""
     facts = manifest.read(folder, checkpoint.KIND)
     change(folder, facts)
     manifest.write(folder, checkpoint.KIND, facts)
@@ -211,7 +212,7 @@ def test_a_forged_checkpoint_is_passed_over_as_well(tmp_path, capsys, change):
 
 
 @pytest.mark.parametrize("value", ["many", "-1", "1000000", "1.5"])
-def test_a_wrong_number_of_workers_is_told(value, monkeypatch):
+def test_a_wrong_number_of_workers_is_refused(value, monkeypatch):
     monkeypatch.setenv("REMINT_WORKERS", value)
     with pytest.raises(SettingsError, match="REMINT_WORKERS: must be between 0 and 99"):
         loop.workers()
@@ -223,7 +224,7 @@ PATHS = Paths(
 
 
 def write_inputs(root, tiny):
-    """A base and a data set of the tiny model's size."""
+    """Write a base and a dataset of the tiny model's size."""
     with manifest.artefact(root / "base", "base") as (draft, facts):
         for file in tiny.folder.iterdir():
             (draft / file.name).write_bytes(file.read_bytes())
@@ -239,7 +240,7 @@ def write_inputs(root, tiny):
 
 @pytest.fixture
 def paths(tmp_path, tiny, monkeypatch):
-    """A working directory with inputs."""
+    """A working directory with a base and a dataset."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run, "SCRATCH", Path(".scratch"))
     monkeypatch.setenv("REMINT_DEVICE", "cpu")
@@ -248,14 +249,25 @@ def paths(tmp_path, tiny, monkeypatch):
 
 
 def train(paths, log=silent, **changes):
-    run.run(7, Runtime(2, True), settings(**changes), paths, log, "f" * 64, {"code.py": "c" * 64})
+    run.run(7, Runtime(1, True), settings(**changes), paths, log, "f" * 64, {"code.py": "c" * 64})
     return {
         str(p.relative_to(paths.checkpoint)): p.read_bytes() for p in sorted(paths.checkpoint.rglob("*")) if p.is_file()
     }
 
 
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    """The artefact of a run with the default settings that nothing disturbs."""
+    root = tmp_path_factory.mktemp("whole")
+    with contextlib.chdir(root), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "SCRATCH", Path(".scratch"))
+        patch.setenv("REMINT_DEVICE", "cpu")
+        write_inputs(root, tiny)
+        return train(PATHS)
+
+
 class Killed(BaseException):
-    """Stands in for a kill: nobody catches it."""
+    """Simulates a kill: nothing catches it."""
 
 
 @pytest.mark.slow
@@ -282,7 +294,7 @@ def test_a_run_stopped_by_a_signal_at_any_step_ends_in_the_same_bytes(paths, mon
     often = {"epochs": 3, "save_steps": 5, "eval_steps": 100}
     whole = train(paths, **often)
     last = json.loads(whole["manifest.json"])["facts"]["steps"]["last"]
-    assert last > 6  # so a stop at the last step but one saves a step that is not due
+    assert last > 6  # so a stop one step before the last saves a step that is not due
     record = session.Session.record
     for moment in (1, last - 1):
 
@@ -318,7 +330,9 @@ def test_a_kept_checkpoint_that_was_damaged_becomes_no_part_of_the_artefact(path
         state.write_bytes(state.read_bytes()[:-1] + b"?")
 
     monkeypatch.setattr(session.Session, "end", spoil)
-    with pytest.raises(ArtefactError, match=r"state\.safetensors: content differs, .*; remove .*steps to start anew"):
+    with pytest.raises(
+        ArtefactError, match=r"state\.safetensors: content differs, .*; remove .*steps to start from scratch"
+    ):
         train(paths)
     assert not paths.checkpoint.exists()
 
@@ -343,24 +357,25 @@ def test_the_untrained_adapter_is_left_out_of_the_first_answers_and_of_no_later_
     assert all(enabled[1:])
 
 
-def test_recomputed_activations_give_the_same_bytes(paths):
-    plain, recomputed = train(paths), train(paths, gradient_checkpointing=True)
-    # The manifest says which settings were used, and nothing else differs.
+def test_recomputed_activations_give_the_same_bytes(paths, whole):
+    plain, recomputed = dict(whole), train(paths, gradient_checkpointing=True)
+    # The manifest records the settings; nothing else differs.
     assert plain.pop("manifest.json") != recomputed.pop("manifest.json")
     assert recomputed == plain
 
 
-def test_four_bit_memory_gives_the_same_weights_as_dequantized_once(paths):
-    once = train(paths)
+def test_four_bit_memory_gives_the_same_weights_as_dequantized_once(paths, whole):
     each = train(paths, quantization=Quantization("nf4", True, 64, "each_use"))
     losses = [
-        [json.loads(line).get("loss") for line in run_["history.jsonl"].splitlines()][1:] for run_ in (once, each)
+        [json.loads(line).get("loss") for line in run_["history.jsonl"].splitlines()][1:] for run_ in (whole, each)
     ]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
 def test_it_learns(paths):
-    history = [json.loads(line) for line in train(paths, epochs=8)["history.jsonl"].splitlines()]
+    history = [
+        json.loads(line) for line in train(paths, epochs=8, save_steps=24, eval_steps=24)["history.jsonl"].splitlines()
+    ]
     assert history[-1]["loss"] < history[1]["loss"] - 0.5
     assert not any(math.isnan(row.get("loss", 0)) for row in history)
 
@@ -380,7 +395,7 @@ def test_a_loss_that_is_no_number_stops_before_the_update(paths, monkeypatch):
         return sessions[0]
 
     monkeypatch.setattr(run, "_open", opened)
-    with pytest.raises(RemintError, match="step 1: the loss is no finite number"):
+    with pytest.raises(RemintError, match="step 1: the loss is not finite"):
         train(paths)
     assert not paths.checkpoint.exists()
     assert all(map(torch.equal, before, sessions[0].model.parameters()))
@@ -390,10 +405,10 @@ def test_a_loss_that_is_no_number_stops_before_the_update(paths, monkeypatch):
 
 
 @pytest.mark.slow
-def test_steps_that_are_told_late_leave_the_same_bytes_also_where_a_run_was_stopped_or_killed(paths, monkeypatch):
+def test_steps_that_are_reported_late_leave_the_same_bytes_also_after_a_stop_or_a_kill(paths, monkeypatch):
     often = {"epochs": 6, "save_steps": 4, "eval_steps": 8}
     whole = train(paths, **often)
-    monkeypatch.setattr(loop, "_runs_ahead", lambda numbers: True)  # as on a GPU
+    monkeypatch.setattr(loop, "_runs_ahead", lambda device: True)  # as on a GPU
     record, told = session.Session.record, []
 
     def noted(self, finished):
@@ -415,7 +430,7 @@ def test_steps_that_are_told_late_leave_the_same_bytes_also_where_a_run_was_stop
         if finished.step == 6:
             raise Killed
 
-    # The signal comes while step 3 is computed, which is finished and saved.
+    # The signal arrives while step 3 is computed; that step is finished and saved.
     for interrupted, expected, said in ((signalled, Stopped, "stopped after step 3;"), (killed, Killed, None)):
         with monkeypatch.context() as patch, pytest.raises(expected, match=said):
             patch.setattr(session.Session, "record", interrupted)
@@ -438,10 +453,9 @@ def test_a_gpu_gets_a_step_before_the_last_ones_numbers_are_looked_at(monkeypatc
         watcher = SimpleNamespace(
             awaits=lambda step: step == 3, record=lambda done: told.append((step, done.step, done.is_latest))
         )
-        hooks = loop._Hooks(0, 0, watcher)
-        hooks.begun, hooks.trainer = None, SimpleNamespace(numbers=SimpleNamespace(is_cuda=on_gpu))
+        reports = loop._Reports(watcher, SimpleNamespace(type="cuda" if on_gpu else "cpu"))
         for step in range(1, 6):
-            hooks.on_step_end(None, SimpleNamespace(global_step=step), None)
+            reports.add(step, 0.0, None)
         return told
 
     monkeypatch.setattr(loop, "_Numbers", Copied)
@@ -451,8 +465,7 @@ def test_a_gpu_gets_a_step_before_the_last_ones_numbers_are_looked_at(monkeypatc
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_stops_after_the_step_and_the_run_goes_on(paths, monkeypatch, number, status):
-    whole = train(paths)
+def test_a_signal_stops_after_the_step_and_the_run_goes_on(paths, whole, monkeypatch, number, status):
     record = session.Session.record
 
     def interrupted(self, finished):
@@ -467,8 +480,7 @@ def test_a_signal_stops_after_the_step_and_the_run_goes_on(paths, monkeypatch, n
     assert train(paths) == whole
 
 
-def test_a_clock_that_jumps_changes_no_byte(paths, monkeypatch):
-    whole = train(paths)
+def test_a_clock_that_jumps_changes_no_byte(paths, whole, monkeypatch):
     now = itertools.cycle([4e9, 0.0, 1.7e9, 1.0])
     monkeypatch.setattr(time, "time", lambda: next(now))
     monkeypatch.setattr(time, "monotonic", lambda: next(now))
@@ -477,7 +489,7 @@ def test_a_clock_that_jumps_changes_no_byte(paths, monkeypatch):
 
 
 def test_it_makes_no_folder_but_its_own(paths, monkeypatch):
-    """A user without rights trains too, and so does a container whose file system cannot be written."""
+    """Training works without write permission elsewhere, and in a container with a read-only file system."""
     made, mkdir = [], os.mkdir
     monkeypatch.setattr(os, "mkdir", lambda path, *rest, **more: made.append(path) or mkdir(path, *rest, **more))
     train(paths)

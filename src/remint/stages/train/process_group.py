@@ -1,7 +1,6 @@
-"""Processes that share the micro-batches of each step and add them up in the order in which one process would."""
+"""Processes that share the micro-batches of each step and sum the gradients in the order in which one process would."""
 
 import contextlib
-import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -14,29 +13,30 @@ import torch.distributed as dist
 from remint.core.errors import SettingsError, Stopped
 from remint.core.launch import LOST
 
-# What torchrun tells a process about its place; accelerate would take it as an order to divide the work itself.
+# torchrun's variables for a process. transformers reads some of them when it loads a model or generates, and would take them
+# for an order to divide the model; here each process holds all of it.
 _PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-# One process waits while another measures or answers; that one has ended is seen by whoever started them.
+# A process may wait long while another one measures or answers. `runner/workers.py` notices when one has ended.
 _PATIENCE = timedelta(days=7)
 
 
 class ProcessGroup:
-    """`size` processes, of which this is number `rank`. Number 0 writes and tells; all of them compute the same weights."""
+    """`size` processes, of which this is number `rank`. Number 0 writes and prints; all compute the same weights."""
 
     def __init__(self, rank: int = 0, size: int = 1):
         self.rank, self.size = rank, size
 
     @property
     def leads(self) -> bool:
-        """Whether this process is the one that writes."""
+        """Whether this process writes and prints."""
         return self.rank == 0
 
     def agreed(self, number: int) -> int:
-        """The largest of the processes' numbers."""
+        """The largest `number` of all processes; every process gets it."""
         return int(self._reduced(torch.tensor(number), dist.ReduceOp.MAX))
 
     def map(self, compute: Callable[[Any], float], items: Sequence[Any]) -> list[float]:
-        """`compute` of each item, in their order; the processes share the work."""
+        """`compute` of each item, in the order of the items; the processes share the work."""
         values = torch.zeros(len(items), dtype=torch.float64)
         for index in range(self.rank, len(items), self.size):
             values[index] = compute(items[index])
@@ -52,9 +52,10 @@ class ProcessGroup:
 class StepSum:
     """The gradients and the loss of one optimizer step, summed over micro-batches in the order of the plan.
 
-    Whoever adds the same numbers in the same order gets the same bits. So each process collects, for its part of all
-    gradients, those of every micro-batch, and adds them up one after the other; the finished parts are then exchanged. A
-    micro-batch costs every process as much traffic as half of an all-reduce.
+    The same numbers added in the same order give the same bits; an all-reduce adds them in an order of its own. So each
+    process owns one part of the gradients. It collects that part of every micro-batch (all-to-all), adds them one after the
+    other, and the finished parts are exchanged at the end (all-gather). A micro-batch costs each process half the traffic of
+    an all-reduce.
     """
 
     def __init__(self, group: ProcessGroup, parameters: Sequence[torch.nn.Parameter]):
@@ -66,7 +67,7 @@ class StepSum:
         self._part: torch.Tensor | None = None
 
     def add(self, loss: torch.Tensor, present: int) -> None:
-        """Take the gradients off the parameters. Only the first `present` processes had a micro-batch of the step."""
+        """Add one micro-batch of each process and clear the gradients. Only the first `present` processes had one left in the step."""
         mine = [parameter.grad for parameter in self._parameters]
         gradients = [gradient.flatten() for gradient in mine if gradient is not None]
         torch.cat([*gradients, loss[None]], out=self._sent[: sum(self._sizes)])
@@ -78,7 +79,7 @@ class StepSum:
             parameter.grad = None
 
     def finish(self) -> torch.Tensor:
-        """Give the parameters their summed gradients; returns the summed loss."""
+        """Set the gradients of the parameters to the sums; returns the summed loss."""
         assert self._part is not None
         with _together():
             dist.all_gather_single(self._received, self._part)
@@ -91,7 +92,7 @@ class StepSum:
 
 @contextlib.contextmanager
 def joined(processes: int, device: torch.device) -> Iterator[ProcessGroup]:
-    """This process's place among those that were started together. Raises SettingsError if they are not `processes`."""
+    """Join the processes that were started together. Raises SettingsError if their number is not `processes`."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size != processes:
         raise SettingsError(
@@ -105,8 +106,6 @@ def joined(processes: int, device: torch.device) -> Iterator[ProcessGroup]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
     for name in _PLACE:
         os.environ.pop(name, None)
-    # It advises to let the Trainer divide the work.
-    logging.getLogger("transformers.training_args").setLevel(logging.ERROR)
     try:
         yield ProcessGroup(dist.get_rank(), size)
     finally:
@@ -115,7 +114,7 @@ def joined(processes: int, device: torch.device) -> Iterator[ProcessGroup]:
 
 @contextlib.contextmanager
 def _together() -> Iterator[None]:
-    """Tell in a line that another process has ended: its own line says why. Raises Stopped."""
+    """Turn a failed exchange into one line: another process has ended, and its own message says why. Raises Stopped."""
     try:
         yield
     except RuntimeError as error:

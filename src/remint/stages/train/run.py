@@ -1,4 +1,4 @@
-"""Train the adapter by QLoRA; the run can be killed at any moment, and the same command goes on to the same bytes."""
+"""Train the adapter with QLoRA. The run can be killed at any moment; the same command continues it and ends in the same bytes."""
 
 import contextlib
 import json
@@ -36,7 +36,7 @@ def run(
     fingerprint: str,
     dependencies: Mapping[str, str],
 ) -> None:
-    """Make the artefact `checkpoint`: the last and the best resumable steps, history, samples, template, manifest."""
+    """Make the artefact `checkpoint`: the last and the best resumable steps, loss history, samples, template, manifest."""
     determinism.apply(runtime)
     origin = {
         "fingerprint": fingerprint,
@@ -68,7 +68,7 @@ def run(
                 group,
             )
         finally:
-            session.end()  # an error's line must not follow the bar's
+            session.end()  # close the progress bar, so that an error message gets a line of its own
         if group.leads:
             _publish(session, paths.checkpoint, origin, made_by)
             checkpoint.discard(session.store)
@@ -91,8 +91,8 @@ def _open(
     fingerprint: str,
     group: ProcessGroup,
 ) -> Session:
-    """Load and prepare everything that a run needs, at its first step."""
-    loop.workers()  # a mistake in it is told before the work
+    """Load and prepare everything that a run needs before its first step."""
+    loop.workers()  # reports a wrong REMINT_WORKERS before the model is loaded
     tokenizer = loading.load_tokenizer(paths.base)
     conversation = template.load(paths.base).with_system(train.system)
     documents = {
@@ -107,14 +107,14 @@ def _open(
         footprint.check_gpu_memory(paths.base, train)
     model = _model(seed, train, paths.base)
     if group.size > 1:
-        model.skip(0)  # a model that cannot is told before the work
+        model.skip(0)  # raises now if this model cannot skip dropout draws, not in the first step
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad],
         lr=train.lr,
         betas=(train.betas[0], train.betas[1]),
         eps=train.eps,
         weight_decay=train.weight_decay,
-        fused=True,  # pinned: the fused and the looped kernel round differently
+        fused=True,  # fixed, because the fused and the looped kernel round differently; the loop needs its found_inf
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: lr_factor(step, plan.steps, train.warmup_ratio, train.schedule)
@@ -148,7 +148,7 @@ def _model(seed: int, train: Train, base: Path) -> SupervisedLoss:
 
 @contextlib.contextmanager
 def _only_writer(scratch: Path, resume: bool) -> Iterator[None]:
-    """The run's scratch folder, held by this process alone. Raises ArtefactError if another one holds it."""
+    """Lock the run's scratch folder for this process. Raises ArtefactError if another process holds the lock."""
     scratch.mkdir(parents=True, exist_ok=True)
     with held(scratch / "lock", "is training this very run"):
         if not resume:
@@ -157,7 +157,7 @@ def _only_writer(scratch: Path, resume: bool) -> Iterator[None]:
 
 
 def _publish(session: Session, target: Path, origin: dict[str, Any], made_by: dict[str, Any]) -> None:
-    """Turn what the run has saved into the artefact; the steps are linked, not copied, where the disk allows it."""
+    """Make the artefact from the saved steps. They are hard-linked where the file system allows it, else copied."""
     recorded = session.recorded
     checked = checkpoint.check_saved(session.store, session.latest)
     known: dict[str, manifest.Entry] = {}

@@ -1,4 +1,4 @@
-"""One training run in progress: what it has recorded, what it answers, what it has saved."""
+"""One training run in progress: its history, its sample answers, its saved checkpoints."""
 
 import contextlib
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from remint.model.libraries import get_peft_model_state_dict, set_peft_model_sta
 from remint.model.template import Conversation
 from remint.stages.train import checkpoint
 from remint.stages.train.checkpoint import Draft
-from remint.stages.train.loop import Finished
+from remint.stages.train.loop import Finished, autocast
 from remint.stages.train.plan import Batches, Plan, lr_factor
 from remint.stages.train.process_group import ProcessGroup
 from remint.stages.train.settings import Train
@@ -28,7 +28,7 @@ from remint.stages.train.settings import Train
 
 @dataclass
 class Recorded:
-    """What a run has to show so far; all of it goes into every checkpoint, so a resumed run shows the same."""
+    """What a run has recorded so far. Every checkpoint holds all of it, so a resumed run has the same record."""
 
     history: list[dict[str, float]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
@@ -38,7 +38,7 @@ class Recorded:
 
 @dataclass
 class Session:
-    """The moving parts of a run, and the `Watcher` of its steps."""
+    """The state of a run, and the `Watcher` of its steps."""
 
     model: SupervisedLoss
     tokenizer: Any
@@ -58,17 +58,15 @@ class Session:
     bar: Any = None
 
     def restore(self) -> int:
-        """Continue from the newest whole checkpoint, if there is one; returns the steps that are done."""
-        # One process looks and tidies up; the others read what it found.
+        """Continue from the newest complete checkpoint, if there is one; returns the number of finished steps."""
+        # One process looks for it and cleans up; the others read what it found.
         found = checkpoint.load_newest(self.store, self.conditions) if self.group.leads else None
         step = self.group.agreed(found.step if found else -1)
         if step < 0:
             return 0
         found = found or checkpoint.load(self.store / checkpoint_layout.folder_name(step))
         if found.state.keys() != vars(Recorded()).keys():
-            raise ArtefactError(
-                f"{self.store}: step {found.step} records other things than a run does; remove the folder"
-            )
+            raise ArtefactError(f"{self.store}: step {found.step} does not hold the record of a run; remove the folder")
         set_peft_model_state_dict(self.model.model, checkpoint_layout.adapter_tensors(found.tensors))
         state = checkpoint_layout.optimizer_state(found.tensors)
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
@@ -79,7 +77,7 @@ class Session:
         return found.step
 
     def _set_schedule(self, done: int) -> None:
-        """Put the scheduler where it is after `done` steps: its state is a function of their number alone."""
+        """Set the scheduler to its state after `done` steps, which depends only on their number."""
         factor = lr_factor(done, self.plan.steps, self.train.warmup_ratio, self.train.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
@@ -88,11 +86,11 @@ class Session:
         self.scheduler.load_state_dict({**self.scheduler.state_dict(), **counters})
 
     def batches(self, done: int) -> Batches:
-        """The micro-batches that are left after `done` steps."""
+        """The micro-batches of the steps after the first `done`."""
         return Batches(self.documents["train"], self.plan, done, self.group.rank, self.group.size)
 
     def token_counts(self) -> dict[str, int]:
-        """Tokens of one pass over the training rows, supervised ones among them, and rows of the whole run."""
+        """All tokens and supervised tokens of one pass over the training rows, and packed rows of the entire run."""
         documents = self.documents["train"]
         return {
             "all": sum(len(document.ids) for document in documents),
@@ -101,7 +99,7 @@ class Session:
         }
 
     def begin(self, done: int) -> None:
-        """Open the progress bar; before the first step, measure and sample the untrained model."""
+        """Open the progress bar. Before the first step, measure and sample the untrained model."""
         self.bar = tqdm(
             total=self.plan.steps,
             initial=done,
@@ -118,11 +116,11 @@ class Session:
             self._measure({"step": 0})
 
     def awaits(self, step: int) -> bool:
-        """Whether this step's weights are measured or saved, or a signal came: then nothing may change them before."""
+        """Whether this step's weights will be measured or saved, or a signal came: the next step must not change them first."""
         return bool(self.group.agreed(len(self.signals))) or self._is_due(step)
 
     def record(self, finished: Finished) -> None:
-        """Note one step; measure, sample and save where it is due; stop here if a signal came."""
+        """Record one step; measure, sample and save when they are due; stop here if a signal came."""
         row = {"step": finished.step, "loss": finished.loss, "lr": finished.lr, "grad_norm": finished.grad_norm}
         speed = self.plan.tokens(finished.step - 1) / max(1e-9, finished.seconds)
         self.bar.set_postfix(
@@ -131,7 +129,7 @@ class Session:
         self.bar.update()
         self.log({"tokens_per_second": speed}, finished.step)
         last = finished.step == self.plan.steps
-        # The largest part of a checkpoint is written while its losses and answers are computed.
+        # A thread writes the tensors, the largest part of a checkpoint, while its losses and answers are computed.
         draft = self._draft(finished.step) if self._is_due(finished.step) else None
         (self._measure if last or finished.step % self.train.eval_steps == 0 else self._note)(row)
         signal = self.group.agreed(self.signals[0] if self.signals else 0) if finished.is_latest else 0
@@ -152,10 +150,11 @@ class Session:
         self.log({key: value for key, value in row.items() if key != "step"}, int(row["step"]))
 
     def _measure(self, row: dict[str, float]) -> None:
-        """Held-out losses of the present adapter, and its answers to the sample prompts."""
+        """Held-out loss of the present adapter, and its answers to the sample prompts."""
         step = int(row["step"])
         held_out, control = self.documents["held_out"], self.documents["control"]
-        row["held_out_loss"] = mean_loss(self.model, held_out + control, self.train.max_length, self.group.map)
+        with autocast(self.train, next(self.model.parameters()).device):
+            row["held_out_loss"] = mean_loss(self.model, held_out + control, self.train.max_length, self.group.map)
         self._note(row)
         if self.recorded.best_loss is None or row["held_out_loss"] < self.recorded.best_loss:
             self.recorded.best_loss, self.recorded.best_step = row["held_out_loss"], step
@@ -165,7 +164,7 @@ class Session:
     def _sample(self, step: int) -> None:
         self.model.eval()
         histories = [[{"role": "user", "content": prompt}] for prompt in self.train.sample_prompts]
-        # Before the first step the adapter adds zero, which takes most of the time that a GPU needs for an answer.
+        # Before the first step the adapter adds zero. On a GPU, computing it would take most of the time of an answer.
         with self.model.answering(), contextlib.nullcontext() if step else self.model.model.disable_adapter():
             answers = answer_all(
                 self.model.model,
@@ -182,7 +181,7 @@ class Session:
             tqdm.write(f"  {prompt}\n    {' '.join(visible(answer).split())}")
 
     def _is_due(self, step: int) -> bool:
-        """Whether a run that nobody stops would save this step."""
+        """Whether a run without signals would save this step."""
         return step == self.plan.steps or not step % self.train.eval_steps or not step % self.train.save_steps
 
     def _draft(self, step: int) -> Draft | None:
@@ -193,6 +192,6 @@ class Session:
 
     def _finish(self, draft: Draft, step: int) -> None:
         self.latest = draft.finish(vars(self.recorded), self.conditions)
-        # What is kept must not tell where a run was stopped: it becomes part of the artefact.
+        # The kept steps become part of the artefact, so they must not depend on where a run was stopped.
         newest = [saved for saved in checkpoint.saved_steps(self.store) if self._is_due(saved)]
         checkpoint.prune(self.store, {*newest[-self.train.keep_checkpoints :], step, self.recorded.best_step or step})
