@@ -1,12 +1,12 @@
-"""Our training beside that of other projects, on the same weights and documents, in one run: a table, and a plot.
+"""Compares our training speed with other projects, on the same weights and documents: a table, and a plot.
 
     python benchmarks/peers.py --plot docs/bench.svg
 
-Every contestant is a process of its own with packages of its own, which are installed into .scratch/bench. On a CPU all
-are started and then take turns, step by step, so that whatever else the machine does hits them alike; on a GPU, whose
-memory they cannot share, they run one after the other. Afterwards one process loads all adapters and computes their loss
-on documents that nobody trained on: that shows whether they did the same work. Whoever cannot be installed or fails is a
-line that says why.
+Every contestant is a process with its own packages, which are installed into .scratch/bench. On a CPU all contestants
+are started and then take turns, step by step. So other load on the machine affects them equally. On a GPU they cannot
+share the memory, so they run one after the other. Afterwards one process loads all adapters and computes their loss on
+held-out documents: similar losses show that they did the same work. A contestant that cannot be installed, or fails,
+gets a line with the reason.
 """
 
 import argparse
@@ -34,14 +34,16 @@ from remint.core import launch
 ROOT = Path(__file__).parents[1]
 HERE = ROOT / "benchmarks"
 SCRATCH = ROOT / ".scratch" / "bench"
-# No word for so many seconds: compiling takes minutes, and an hour of waiting helps nobody.
+# Seconds without a message after which a contestant counts as failed. Compiling alone takes minutes.
 PATIENCE = 600
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """A peer with settings. `peer` is the function in `peers_contestants.py` and the pins in `peers_<peer>.txt`, to which
-    `more` adds what one device alone needs."""
+    """A peer with settings. `peer` names the function in `peers_contestants.py` and the pins in `peers_<peer>.txt`.
+
+    `more` holds additional pins that only one device needs.
+    """
 
     peer: str
     settings: dict[str, Any] = field(default_factory=dict)
@@ -49,16 +51,16 @@ class Contestant:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether it trains on the weights as NF4 has them."""
+        """Whether it trains on the base weights quantized to NF4."""
         return bool(self.settings.get("nf4", True))
 
 
-# Axolotl imports Triton, which comes with torch's builds for CUDA, but its kernels need a GPU.
+# Axolotl imports Triton, which only torch's CUDA builds install. Its kernels need a GPU.
 _TRITON = ("triton==3.9.0",)
 _NO_KERNELS = {f"lora_{part}_kernel": False for part in ("mlp", "qkv", "o", "embedding")}
 _AXOLOTL_OPEN = {"sample_packing": True, "gradient_checkpointing": False}
 _OPEN = {"packing": True, "gradient_checkpointing": False}
-# Unsloth does not pack on a CPU; documents of similar length need the least padding.
+# Unsloth does not pack on a CPU. Grouping documents of similar length needs the least padding.
 _UNSLOTH_BEST = {"nf4": False, "checkpointing": False, "train_sampling_strategy": "group_by_length"}
 _BFLOAT16 = {"dtype": "bfloat16", "bf16": True}
 OURS = "remint"
@@ -66,7 +68,7 @@ CONTESTANTS: dict[str, dict[str, Contestant]] = {
     "cpu": {
         OURS: Contestant("remint"),
         "TRL, defaults": Contestant("trl"),
-        # TRL turns a quantized base's adapter to bfloat16, for which AVX2 has no instructions.
+        # TRL converts the adapter of a quantized base to bfloat16, for which AVX2 has no instructions.
         "TRL, packed": Contestant("trl", {**_OPEN, "adapter_dtype": "float32"}),
         "TRL, packed, LoRA on float32": Contestant("trl", {**_OPEN, "nf4": False}),
         "Unsloth, defaults": Contestant("unsloth"),
@@ -79,7 +81,7 @@ CONTESTANTS: dict[str, dict[str, Contestant]] = {
             _TRITON,
         ),
     },
-    # On a CPU that multiplies bfloat16, which ours does not use: its bytes must not depend on the CPU.
+    # On a CPU with bfloat16 instructions. Ours does not use them: its bytes must not depend on the CPU.
     "native": {
         OURS: Contestant("remint"),
         "TRL, defaults": Contestant("trl", {"bf16": True}),
@@ -91,10 +93,10 @@ CONTESTANTS: dict[str, dict[str, Contestant]] = {
     "cuda": {
         OURS: Contestant("remint"),
         "TRL, packed": Contestant("trl", {**_OPEN, "rows": 1}),
-        # Rows are cut from one long text, so attention needs no mask; documents see their neighbours.
+        # Rows are cut from one long text, so attention needs no mask. But documents attend to their neighbours.
         "TRL, cut rows, Liger": Contestant("trl", {**_OPEN, "packing_strategy": "wrapped", "use_liger_kernel": True}),
         "Unsloth, packed": Contestant("unsloth", {"packing": True, "checkpointing": False}),
-        # Without `neat_packing`, which would need a mask, its documents see their neighbours, too.
+        # Without `neat_packing`, which would need a mask, documents attend to their neighbours here, too.
         "LLaMA-Factory, packed, Liger": Contestant(
             "llamafactory", {"packing": True, "disable_gradient_checkpointing": True, "enable_liger_kernel": True}
         ),
@@ -102,7 +104,7 @@ CONTESTANTS: dict[str, dict[str, Contestant]] = {
         "Unsloth, defaults": Contestant("unsloth"),
         "LLaMA-Factory, defaults": Contestant("llamafactory"),
         "Axolotl, defaults": Contestant("axolotl"),
-        # Of the attentions that keep documents apart it has xformers where FlashAttention's package is absent.
+        # xformers also keeps packed documents apart; FlashAttention's package is not installed.
         "Axolotl, packed, Liger": Contestant(
             "axolotl",
             {
@@ -120,12 +122,12 @@ CONTESTANTS: dict[str, dict[str, Contestant]] = {
 
 @dataclass
 class Result:
-    """What is known of a contestant in the end; `failed` says why there is nothing."""
+    """The result of a contestant. If it has none, `failed` is the reason."""
 
     name: str
     steps: list[dict[str, Any]] = field(default_factory=list)
     peak: float = 0.0
-    versions: dict[str, str] = field(default_factory=dict)  # once it has done everything
+    versions: dict[str, str] = field(default_factory=dict)  # set when it has finished
     loss: float | None = None
     failed: str = ""
 
@@ -135,7 +137,7 @@ class Result:
 
     @property
     def fill(self) -> float:
-        """Share of the places in its batches that held tokens of documents."""
+        """Share of the positions in its batches that held document tokens, not padding."""
         return sum(step["tokens"] for step in self.steps) / sum(step["places"] for step in self.steps)
 
 
@@ -145,7 +147,7 @@ def place(name: str) -> Path:
 
 
 class Running:
-    """A contestant's process. What it says comes through a queue, so that waiting can end."""
+    """A contestant's process. Its messages arrive through a queue, so that waiting for one can time out."""
 
     def __init__(self, name: str, contestant: Contestant, job: Path, block: dict[str, str]):
         folder = place(name)
@@ -164,41 +166,41 @@ class Running:
                 cwd=folder,
                 start_new_session=True,
             )
-        self._said: queue.Queue[str] = queue.Queue()
+        self._lines: queue.Queue[str] = queue.Queue()
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
 
     def _listen(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            self._said.put(line)
+            self._lines.put(line)
 
     def go(self) -> None:
-        """Its turn: one step."""
+        """Let it run one step."""
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it has ended, which `hear` tells
+        with contextlib.suppress(BrokenPipeError):  # it has ended, which `hear` will report
             self._process.stdin.write("\n")
             self._process.stdin.flush()
 
     def hear(self) -> dict[str, Any]:
-        """The next thing it says. Raises ContestantError when it has ended without, or says nothing for too long."""
+        """Its next message. Raises ContestantError if it has ended, or sends none for PATIENCE seconds."""
         line, since = "", time.monotonic()
         while not line:
             has_ended = self._process.poll() is not None
             try:
-                line = self._said.get(timeout=0.5)
+                line = self._lines.get(timeout=0.5)
             except queue.Empty:
-                # Workers that it has left behind may keep its pipe open.
+                # Check the process, not the pipe: worker processes that it left behind may keep the pipe open.
                 if has_ended:
                     log = self.log.read_text(encoding="utf-8", errors="replace")
                     raise ContestantError(reason(log, self._process.returncode)) from None
                 if time.monotonic() - since > PATIENCE:
-                    raise ContestantError(f"no word for {PATIENCE} s") from None
-        said: dict[str, Any] = json.loads(line)
-        return said
+                    raise ContestantError(f"no message for {PATIENCE} s") from None
+        message: dict[str, Any] = json.loads(line)
+        return message
 
     def close(self) -> None:
-        """End it and all that it has started, whatever they do."""
+        """Kill it and all processes that it has started."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -210,40 +212,48 @@ class Running:
 
 
 class ContestantError(Exception):
-    """Why a contestant has no figures."""
+    """The reason why a contestant has no result."""
 
 
-def main() -> None:
-    """Prepare the job, run the contestants, print the table, draw the plot."""
-    everybody = sorted({name for known in CONTESTANTS.values() for name in known})
+def _options(known_names: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").splitlines()[0],
-        epilog=f"names: {'; '.join(everybody)}. Which of them there are depends on the device.",
+        epilog=f"names: {'; '.join(known_names)}. The device determines which of them can run.",
     )
     parser.add_argument(
         "--steps",
         type=int,
         default=8,
-        help="optimizer steps' worth of documents, packing may take one more; default: %(default)s",
+        help="number of optimizer steps; packing may need one more; default: %(default)s",
     )
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="names that start so, as `trl` or 'TRL, packed'")
-    parser.add_argument("--shape", choices=SHAPES, help="random weights of this shape instead of the staged base")
-    parser.add_argument("--length", type=int, help="tokens of a row; default: 256 on a CPU, 2048 on a GPU")
-    parser.add_argument("--rows", type=int, help="rows of a step; default: 1 on a CPU, 8 on a GPU")
-    parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="contestants whose names start with NAME, like `trl` or 'TRL, packed'"
+    )
+    parser.add_argument("--shape", choices=SHAPES, help="use random weights of this shape instead of the staged base")
+    parser.add_argument("--length", type=int, help="tokens per row; default: 256 on a CPU, 2048 on a GPU")
+    parser.add_argument("--rows", type=int, help="rows per step; default: 1 on a CPU, 8 on a GPU")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads; default: %(default)s")
     parser.add_argument(
         "--seed",
         type=int,
         default=42,
-        help="of each one's order of documents, first weights and dropout; default: %(default)s",
+        help="seed for document order, initial LoRA weights and dropout; default: %(default)s",
     )
-    parser.add_argument("--native", action="store_true", help="let the others use more than AVX2, where the CPU has it")
     parser.add_argument(
-        "--plot", type=Path, help="draw the figures into this file (svg or png); on a GPU its name gets -gpu"
+        "--native", action="store_true", help="let the other projects use more than AVX2, if the CPU has it"
+    )
+    parser.add_argument(
+        "--plot", type=Path, help="draw the results into this file (svg or png); on a GPU, -gpu is appended to the name"
     )
     options = parser.parse_args()
-    if unknown := [start for start in options.only or () if not _starting(start, everybody)]:
-        parser.error(f"--only: nobody's name starts with {unknown}; choose from {', '.join(map(repr, everybody))}")
+    if unknown := [start for start in options.only or () if not _starting(start, known_names)]:
+        parser.error(f"--only: no name starts with {unknown}; choose from {', '.join(map(repr, known_names))}")
+    return options
+
+
+def main() -> None:
+    """Prepare the job, run the contestants, print the table, draw the plot."""
+    options = _options(sorted({name for known in CONTESTANTS.values() for name in known}))
     job_path = SCRATCH / "job.json"
     SCRATCH.mkdir(parents=True, exist_ok=True)
     ours = launch.environment(options.threads, network=False) | {"PYTHONPATH": _path([ROOT / "src"])}
@@ -252,11 +262,11 @@ def main() -> None:
     options.native |= job.device == "cuda"
     here = CONTESTANTS["native" if options.native and job.device == "cpu" else job.device]
     if absent := [start for start in options.only or () if not _starting(start, here)]:
-        parser.error(f"--only: {absent} are for another device; choose from {', '.join(map(repr, here))}")
+        sys.exit(f"peers.py: error: --only: {absent} are for another device; choose from {', '.join(map(repr, here))}")
     wanted = [name for start in options.only or [""] for name in _starting(start, here)]
     chosen = {name: contestant for name, contestant in here.items() if name in wanted}
     results = {name: Result(name) for name in chosen}
-    # One at a time where they cannot share the device.
+    # On a GPU they run one at a time: they cannot share its memory.
     heats = [list(chosen)] if job.device == "cpu" else [[name] for name in chosen]
     try:
         for heat in heats:
@@ -264,7 +274,7 @@ def main() -> None:
     except KeyboardInterrupt:
         for result in results.values():
             if not result.versions and not result.failed:
-                result.failed = "the run was stopped before it had ended"
+                result.failed = "the run was interrupted before it finished"
     folders = {name: [str(place(name)), chosen[name].is_quantized] for name, r in results.items() if not r.failed}
     judged = json.loads(_referee("judge", job_path, folders, ours).splitlines()[-1])
     for name, loss in judged["losses"].items():
@@ -280,12 +290,12 @@ def main() -> None:
 
 
 def _starting(start: str, names: Iterable[str]) -> list[str]:
-    """Those of the names that start so, whatever the case."""
+    """The names that start with `start`, ignoring case."""
     return [name for name in names if name.lower().startswith(start.lower())]
 
 
 def run(results: Sequence[Result], chosen: dict[str, Contestant], job: Path, options: argparse.Namespace) -> None:
-    """Start those contestants, and let them take turns until all have ended; what comes of each is noted in its result."""
+    """Start the contestants of `results` and let them take turns until all have ended. Fills in their results."""
     with contextlib.ExitStack() as ending:
         running: dict[str, Running] = {}
         for result in results:
@@ -301,41 +311,44 @@ def run(results: Sequence[Result], chosen: dict[str, Contestant], job: Path, opt
         turn = 0
         while active := [result for result in results if not result.failed and not result.versions]:
             turn += 1
-            if told := [*filter(None, (take_turn(running[result.name], result) for result in active))]:
-                print(f"  step {turn}, tokens/s: {', '.join(told)}", flush=True)
+            if rates := [*filter(None, (take_turn(running[result.name], result) for result in active))]:
+                print(f"  step {turn}, tokens/s: {', '.join(rates)}", flush=True)
 
 
 def take_turn(process: Running, result: Result) -> str:
-    """One step of one contestant, or its end; returns how fast it was."""
+    """Run one step of one contestant, or receive its end. Returns its name and speed, or an empty text."""
     try:
         process.go()
-        said = process.hear()
+        message = process.hear()
     except ContestantError as failure:
         result.failed = str(failure)
         return ""
-    if said["kind"] == "done":
-        result.peak, result.versions = said["peak"], said["versions"]
+    if message["kind"] == "done":
+        result.peak, result.versions = message["peak"], message["versions"]
         return ""
-    result.steps.append(said)
-    return f"{result.name} {said['tokens'] / said['seconds']:.0f}"
+    result.steps.append(message)
+    return f"{result.name} {message['tokens'] / message['seconds']:.0f}"
 
 
 def environment(contestant: Contestant, options: argparse.Namespace) -> dict[str, str]:
-    """The variables of a contestant's process, its packages installed. Raises ContestantError if they cannot be."""
+    """Install a contestant's packages and return its environment variables. Raises ContestantError if that fails."""
     block = launch.environment(options.threads, network=False)
     if contestant.peer == "remint":
         return block | {"PYTHONPATH": _path([ROOT / "src"])}
     if options.native:
-        # What makes it exact is ours alone; what makes it fast is for all.
+        # The variables that make results exact are only for ours. The others make it fast and are for all.
         block = {name: value for name, value in block.items() if name not in launch.NUMERIC}
     folder = install(contestant)
-    # Its packages may be linked with another CUDA's runtime than torch brings, as xformers is.
+    # Its packages may be linked with another CUDA runtime than torch's, as xformers is.
     libraries = _path(sorted(folder.glob("nvidia/*/lib")), "LD_LIBRARY_PATH")
     return block | {"PYTHONPATH": _path([folder]), "LD_LIBRARY_PATH": libraries, "DISABLE_VERSION_CHECK": "1"}
 
 
 def install(contestant: Contestant) -> Path:
-    """The folder with the peer's packages in the pinned versions; those that are not pinned are ours. Raises ContestantError."""
+    """Install the peer's pinned packages and return their folder. All other packages are ours.
+
+    Raises ContestantError if pip fails.
+    """
     pins, folder = HERE / f"peers_{contestant.peer}.txt", SCRATCH / contestant.peer
     done = folder / ".complete"
     wanted = pins.read_text(encoding="utf-8") + "".join(f"{pin}\n" for pin in contestant.more)
@@ -365,7 +378,7 @@ def install(contestant: Contestant) -> Path:
 
 
 def reason(log: str, status: int) -> str:
-    """The line of a log that says why its process ended."""
+    """The line of a log that shows why its process ended."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     errors = [
         line for line in lines if line.split(":")[0].split(".")[-1].endswith(("Error", "ERROR", "Exit", "Exception"))
@@ -374,12 +387,12 @@ def reason(log: str, status: int) -> str:
 
 
 def _path(folders: Iterable[Path], name: str = "PYTHONPATH") -> str:
-    """The value of that variable with the folders before what it holds already."""
+    """The value of the variable `name` with the folders put before its present value."""
     return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get(name)])])
 
 
 def _referee(task: str, job: Path, given: Any, block: dict[str, str]) -> str:
-    """What `peers_referee.py` prints, run in a process with our packages; it says itself why it fails."""
+    """Run `peers_referee.py` in a process with our packages and return its output. It reports its own errors."""
     command = [sys.executable, str(HERE / "peers_referee.py"), task, str(job), json.dumps(given, default=str)]
     done = subprocess.run(
         command, env={**os.environ, **block}, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False
@@ -390,7 +403,7 @@ def _referee(task: str, job: Path, given: Any, block: dict[str, str]) -> str:
 
 
 def report(results: Sequence[Result], judged: dict[str, Any], job: Job, options: argparse.Namespace) -> str:
-    """The table in Markdown, with what it was measured on above and the versions below."""
+    """The table in Markdown. The machine and the job are above it, the package versions below."""
     trained = sum(len(ids) for ids, _ in job.documents)
     learned = sum(label != IGNORED for _, labels in job.documents for label in labels)
     lines = [
@@ -405,7 +418,7 @@ def report(results: Sequence[Result], judged: dict[str, Any], job: Job, options:
     speed = {result.name: result.per_second("tokens") for result in results if not result.failed}
     for result in results:
         if result.failed:
-            lines.append(f"| {result.name} | not here: {result.failed} |||||||||")
+            lines.append(f"| {result.name} | no result: {result.failed} |||||||||")
             continue
         tokens, supervised = speed[result.name], result.per_second("learned")
         flops = 4 * (judged["linear"] * tokens + judged["head"] * supervised)
@@ -422,7 +435,7 @@ def report(results: Sequence[Result], judged: dict[str, Any], job: Job, options:
 
 
 def draw(results: Sequence[Result], judged: dict[str, Any], path: Path) -> None:
-    """Bars for tokens a second, memory and loss; a contestant without figures has none."""
+    """Draw bars for tokens per second, memory and loss. Contestants without a result are left out."""
     import matplotlib
 
     matplotlib.use("Agg")

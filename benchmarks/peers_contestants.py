@@ -1,9 +1,9 @@
-"""A contestant of `peers.py`: one function for each peer, run in a process of its own with that peer's packages.
+"""A contestant of `peers.py`: one function per peer, run in its own process with that peer's packages.
 
     python peers_contestants.py FUNCTION JOB FOLDER SETTINGS
 
-Each trains on the job's documents once, through the peer's own trainer, and saves the adapter in peft's format into FOLDER.
-SETTINGS (JSON) is what distinguishes two contestants of one peer; what a function is not told stays as the peer has it.
+Each function trains once on the job's documents with the peer's own trainer. It saves the adapter in peft's format into
+FOLDER. SETTINGS (JSON) distinguishes the contestants of one peer. All other settings keep the peer's defaults.
 """
 
 import gc
@@ -20,13 +20,13 @@ ROOT = Path(__file__).parents[1]
 
 
 def main() -> None:
-    """Run the function that the command line names, and report."""
+    """Run the function that the command line names, and report its peak memory and versions."""
     function, job, folder, settings = sys.argv[1], load(Path(sys.argv[2])), Path(sys.argv[3]), json.loads(sys.argv[4])
     channel = Channel()
     if function == "remint":
         os.chdir(ROOT)  # where params.yaml is
     if function == "unsloth":
-        # It replaces parts of the others as it is imported, and wants to be the first.
+        # Its import patches other libraries, so it must be imported first.
         os.environ["UNSLOTH_CPU_COMPILE"] = str(int(settings.get("compile", False)))
         import unsloth  # noqa: F401
     import torch
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def remint(job: Job, settings: dict[str, Any], folder: Path, clock: Clock) -> dict[str, str]:
-    """Ours: the loop of the stage `train`."""
+    """Our own training: the loop of the stage `train`."""
     import torch
 
     from remint.compute import determinism
@@ -56,9 +56,45 @@ def remint(job: Job, settings: dict[str, Any], folder: Path, clock: Clock) -> di
     from remint.stages.train.process_group import ProcessGroup
     from remint.stages.train.settings import Train
 
-    def wanted(train: Train, runtime: Runtime) -> None: ...
+    overrides = [f"train.{name}={value}" for name, value in {**_our_settings(job), **settings}.items()]
+    composed = config.compose({"train": Train, "runtime": Runtime}, overrides)
+    train = composed["train"]
+    determinism.apply(composed["runtime"])
+    model = loading.load_model(Path(job.base), loading.TORCH_DTYPES[job.precision], loading.device())
+    quantization.quantize(model, train.quantization)
+    determinism.seed_step(job.seed, "lora", 0)
+    loss_of = SupervisedLoss(lora.add_lora(model, train.lora), fused=train.kernels == "fused")
+    optimizer = torch.optim.AdamW(
+        [p for p in loss_of.parameters() if p.requires_grad], lr=job.lr, weight_decay=0.0, fused=True
+    )
+    documents = [document(ids, [label != IGNORED for label in labels]) for ids, labels in job.documents]
+    batches = Batches(documents, make_plan([len(d.ids) for d in documents], train, job.seed), 0)
 
-    given = {
+    steps = iter(range(batches.plan.steps))
+
+    def on_step(*_: Any) -> None:
+        step = next(steps)
+        sizes = [[len(documents[i].ids) for i in row] for batch in batches.plan.of_step(step) for row in batch]
+        clock.end_step([batches.plan.tokens(step), batches.learned(step), len(sizes) * max(map(sum, sizes))])
+
+    class LastStep:
+        def awaits(self, step: int) -> bool:
+            return step == batches.plan.steps
+
+        def record(self, finished: Finished) -> None: ...
+
+    optimizer.register_step_post_hook(on_step)
+    _forget(job)
+    clock.begin()
+    constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    train_steps(loss_of, optimizer, constant, batches, train, job.seed, LastStep(), ProcessGroup(0, 1))
+    loss_of.model.save_pretrained(folder)
+    return _versions("torch", "transformers", "peft", "bitsandbytes")
+
+
+def _our_settings(job: Job) -> dict[str, Any]:
+    """The job as settings of the section `train`."""
+    return {
         "lr": job.lr,
         "weight_decay": 0.0,
         "warmup_ratio": 0.0,
@@ -79,43 +115,10 @@ def remint(job: Job, settings: dict[str, Any], folder: Path, clock: Clock) -> di
         "lora.dropout": job.dropout,
         "lora.targets": f"[{','.join(job.targets)}]",
     }
-    composed = config.compose(wanted, [f"train.{name}={value}" for name, value in {**given, **settings}.items()])
-    train = composed["train"]
-    determinism.apply(composed["runtime"])
-    model = loading.load_model(Path(job.base), loading.TORCH_DTYPES[job.precision], loading.device())
-    quantization.quantize(model, train.quantization)
-    determinism.seed_step(job.seed, "lora", 0)
-    loss_of = SupervisedLoss(lora.add_lora(model, train.lora), fused=train.kernels == "fused")
-    optimizer = torch.optim.AdamW(
-        [p for p in loss_of.parameters() if p.requires_grad], lr=job.lr, weight_decay=0.0, fused=True
-    )
-    documents = [document(ids, [label != IGNORED for label in labels]) for ids, labels in job.documents]
-    batches = Batches(documents, make_plan([len(d.ids) for d in documents], train, job.seed), 0)
-
-    steps = iter(range(batches.plan.steps))
-
-    def on_step(*_: Any) -> None:
-        step = next(steps)
-        sizes = [[len(documents[i].ids) for i in row] for batch in batches.plan.of_step(step) for row in batch]
-        clock.end_step([batches.plan.tokens(step), batches.learned(step), len(sizes) * max(map(sum, sizes))])
-
-    class Nobody:
-        def awaits(self, step: int) -> bool:
-            return step == batches.plan.steps
-
-        def record(self, finished: Finished) -> None: ...
-
-    optimizer.register_step_post_hook(on_step)
-    _forget(job)
-    clock.begin()
-    constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    train_steps(loss_of, optimizer, constant, batches, train, job.seed, Nobody(), ProcessGroup(0, 1))
-    loss_of.model.save_pretrained(folder)
-    return _versions("torch", "transformers", "peft", "bitsandbytes")
 
 
 def trl(job: Job, settings: dict[str, Any], folder: Path, clock: Clock) -> dict[str, str]:
-    """TRL's SFTTrainer. Settings: those of SFTConfig; `nf4`; `dtype` of the base and `adapter_dtype`, if not the peer's."""
+    """TRL's SFTTrainer. Settings: those of SFTConfig, and `nf4`, `dtype` of the base and `adapter_dtype`."""
     import torch
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -285,7 +288,7 @@ def axolotl(job: Job, settings: dict[str, Any], folder: Path, clock: Clock) -> d
 
 
 def _packed_by_llamafactory(job: Job, data: Any) -> dict[str, Any]:
-    """The documents in rows, by its own packing, which otherwise goes with its own way from text to ids."""
+    """Pack the documents by LLaMA-Factory's own packing, but without its tokenization: ours are ids already."""
     from llamafactory.data.processor.supervised import PackedSupervisedDatasetProcessor
     from transformers import AutoTokenizer
 
@@ -302,10 +305,10 @@ def _packed_by_llamafactory(job: Job, data: Any) -> dict[str, Any]:
 
 
 def _arguments(job: Job, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """What transformers' Trainer, which all peers build upon, is told for the work to be the same.
+    """Arguments of transformers' Trainer, which all peers use, that make the work the same.
 
-    Those that pack take the rows of a step at once; the others take eight documents, which is their default, as often as a
-    step needs. `rows` of the settings is how many rows, or documents, are taken at once instead.
+    With packing, a micro-batch has all rows of a step. Without, it has eight documents, the peers' default, and
+    gradient accumulation adds up the step. `rows` in the settings replaces the number of rows or documents.
     """
     a_step = job.rows if settings.get("packing") else job.documents_a_step
     at_once = min(a_step, settings.pop("rows", job.rows if settings.get("packing") else 8))
@@ -330,7 +333,7 @@ def _arguments(job: Job, folder: Path, settings: dict[str, Any]) -> dict[str, An
 
 
 def _columns(job: Job) -> dict[str, Any]:
-    """The documents as those have them that take labels."""
+    """The documents as columns, for the peers that take labels."""
     ids, labels = zip(*job.documents, strict=True)
     return {"input_ids": ids, "attention_mask": [[1] * len(one) for one in ids], "labels": labels}
 
@@ -344,7 +347,7 @@ def _for_trl(job: Job) -> Any:
 
 
 def _watch(job: Job, clock: Clock) -> Any:
-    """A callback of transformers' Trainer that counts what goes into the model and ends the clock's steps."""
+    """A Trainer callback that counts the tokens of each batch and ends the clock's steps."""
     import torch
     from transformers import TrainerCallback
 
@@ -358,7 +361,7 @@ def _watch(job: Job, clock: Clock) -> Any:
         def _count(self, _: Any, __: Any, inputs: dict[str, Any]) -> None:
             ids, labels = inputs["input_ids"], inputs["labels"]
             places = torch.full((), ids.numel(), device=ids.device)
-            # Added up after the step: asking the device now would hold it up.
+            # Added up after the step: reading it back now would stall the GPU.
             self.counts.append(torch.stack([(ids != job.pad).sum(), (labels != IGNORED).sum(), places]))
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
@@ -369,7 +372,7 @@ def _watch(job: Job, clock: Clock) -> Any:
 
 
 def _forget(job: Job) -> None:
-    """From here on the peak of the device's memory is training's, without what loading took."""
+    """Reset the GPU's peak memory, so that it does not include loading."""
     if job.device == "cuda":
         import torch
 

@@ -1,4 +1,4 @@
-"""What every contestant of `peers.py` is given, and how it tells of its steps. Needs no package, as each brings its own."""
+"""The job for every contestant of `peers.py`, and the reports of its steps. Imports no packages: each has its own."""
 
 import json
 import os
@@ -14,9 +14,10 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Job:
-    """The same work for all. `documents` are ids and labels (the id where a token is learned, else IGNORED).
+    """The same work for all contestants. Each document is a pair of ids and labels.
 
-    `pad` is an id that no document holds, so that whatever is not it is a token; a step is `rows` × `length` tokens.
+    A label is the token's id if the token is supervised, else IGNORED. `pad` is an id that no document contains, so
+    every other id is a document token. A step has `rows` × `length` tokens.
     """
 
     base: str
@@ -36,12 +37,12 @@ class Job:
 
     @property
     def documents_a_step(self) -> int:
-        """As many as have the tokens of a step between them: the batch of those that do not pack."""
+        """Number of documents that together have the tokens of a step: the batch size without packing."""
         mean = sum(len(ids) for ids, _ in self.documents) / len(self.documents)
         return max(1, round(self.rows * self.length / mean))
 
     def save(self, path: Path) -> None:
-        """Write it as JSON."""
+        """Write the job to `path` as JSON."""
         path.write_text(json.dumps(asdict(self)), encoding="utf-8")
 
 
@@ -51,42 +52,42 @@ def load(path: Path) -> Job:
 
 
 class Channel:
-    """The contestant's end of two pipes: it says what it did, and begins a step when it is told to."""
+    """The contestant's end of two pipes: it reports its steps, and waits for its turn before each one."""
 
     def __init__(self) -> None:
-        # Whatever libraries print belongs into the log.
+        # stdout is the message pipe. What libraries print goes to stderr, which is the log.
         self._out = os.fdopen(os.dup(1), "w", encoding="utf-8")
         os.dup2(2, 1)
 
     def say(self, kind: str, **facts: Any) -> None:
-        """One line."""
+        """Send one message: a line of JSON."""
         self._out.write(json.dumps({"kind": kind, **facts}) + "\n")
         self._out.flush()
 
     def turn(self) -> None:
-        """Wait until it is this contestant's turn. Ends the process when nobody is there to say so."""
+        """Wait until it is this contestant's turn. Ends the process if the benchmark has ended."""
         if not sys.stdin.readline():
             raise SystemExit("peers: the benchmark has ended")
 
 
 class Clock:
-    """Times the steps of one contestant. A step lasts from the turn to its end, so making the batch is a part of it."""
+    """Times the steps of one contestant. A step starts with its turn, so it includes building the batch."""
 
     def __init__(self, channel: Channel):
         self._channel = channel
 
     def begin(self) -> None:
-        """Everything is loaded: the first step comes next."""
+        """Report that everything is loaded, then wait for the first step."""
         self._channel.say("ready")
         self._next()
 
     def end_step(self, counts: Iterable[Any]) -> None:
-        """A step has ended, over so many tokens, learned ones among them, and places for tokens in its batches."""
+        """Report a finished step. `counts`: document tokens, supervised tokens among them, positions in the batches."""
         self._say(time.monotonic() - self._started, counts)
         self._next()
 
     def close(self) -> None:
-        """Nothing comes any more."""
+        """Finish the reports. Here there is nothing left to do."""
 
     def _say(self, seconds: float, counts: Iterable[Any]) -> None:
         tokens, learned, places = map(int, counts)
@@ -98,23 +99,23 @@ class Clock:
 
 
 class DeviceClock(Clock):
-    """For a GPU, which a contestant has for itself: it runs on without a pause, and what its steps took is told afterwards.
+    """For a GPU, which one contestant uses alone: it runs without pauses, and the step times are reported afterwards.
 
-    To ask after each step would make the GPU wait for whoever gives it the next one in time.
+    Reading the time after each step would be a host-device sync and would stall the GPU.
     """
 
     def begin(self) -> None:
-        """Everything is loaded: the first step comes next."""
+        """Report that everything is loaded, then wait for the first step."""
         self._steps: list[tuple[Any, Iterable[Any]]] = []
         super().begin()
         self._first = self._mark()
 
     def end_step(self, counts: Iterable[Any]) -> None:
-        """A step was given to the GPU."""
+        """Record a step that was queued on the GPU."""
         self._steps.append((self._mark(), counts))
 
     def close(self) -> None:
-        """Tell of all steps."""
+        """Report all steps."""
         before = self._first
         for mark, counts in self._steps:
             mark.synchronize()
@@ -131,5 +132,5 @@ class DeviceClock(Clock):
 
 
 def steady(steps: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
-    """The last two thirds: compiling and filling caches is over."""
+    """The last two thirds of the steps, when compiling and filling caches is over."""
     return steps[len(steps) // 3 :]

@@ -1,4 +1,4 @@
-"""What is the same for all contestants of `peers.py`: the work before they start, and the judgement afterwards.
+"""The parts of `peers.py` that all contestants share: preparing the job, and judging the adapters afterwards.
 
 python peers_referee.py prepare JOB OPTIONS
 python peers_referee.py judge JOB FOLDERS
@@ -28,14 +28,14 @@ from remint.model.qlora import Lora, Quantization
 from remint.runner import config
 
 ROOT = Path(__file__).parents[1]
-# Tokens of the documents that nobody trains on.
+# Total tokens of the held-out documents.
 HELD_OUT = 2500
-# Ids that random documents leave alone: those of the tokenizer below.
+# Special tokens of the tokenizer below. Random documents do not contain their ids.
 WORDS = ("<unk>", "<s>", "</s>", "<pad>")
 
 
 def prepare(path: Path, options: dict[str, Any]) -> None:
-    """Write the job: the staged base and the data set if they are there and no shape is asked for, else random ones."""
+    """Write the job. It uses the staged base and dataset; if one is missing or a shape is given, random ones."""
     where = loading.device()
     on_gpu = where.type == "cuda"
     length = options["length"] or (2048 if on_gpu else 256)
@@ -72,7 +72,7 @@ def prepare(path: Path, options: dict[str, Any]) -> None:
 
 
 def row(given: Document) -> list[list[int]]:
-    """Ids and, at a learned token's own place, its id: what peers take, while ours stands one before."""
+    """A document as peers take it: ids and labels. A label is at its token's position; ours is one position earlier."""
     return [given.ids.tolist(), [IGNORED, *given.targets[:-1].tolist()]]
 
 
@@ -100,7 +100,7 @@ def _staged(staged: Any, folder: Path, length: int, tokens: int) -> tuple[list[D
 def _random(
     shape: str, folder: Path, where: torch.device, length: int, tokens: int
 ) -> tuple[list[Document], list[Document], int]:
-    """Weights as they are initialized, and documents of words as unequally frequent as in a language (Zipf's law)."""
+    """Freshly initialized weights, and random documents whose token frequencies follow Zipf's law."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
@@ -126,13 +126,13 @@ def _random(
 
 
 def _first(documents: list[Document], tokens: int) -> list[Document]:
-    """As many as do not have more tokens than that."""
+    """The first documents, up to `tokens` tokens in total but at least one."""
     ends = np.cumsum([len(d.ids) for d in documents])
     return documents[: max(1, int((ends <= tokens).sum()))]
 
 
 def judge(path: Path, folders: dict[str, tuple[str, bool]]) -> dict[str, Any]:
-    """Losses of the adapters on the held-out documents, each on the weights that it was trained on, by one code."""
+    """Compute the held-out loss of every adapter with the same code, each on the weights that it was trained on."""
     job = load(path)
     where, dtype = loading.device(), loading.TORCH_DTYPES[job.precision]
     determinism.apply(Runtime(torch.get_num_threads(), deterministic=False))
@@ -147,7 +147,7 @@ def judge(path: Path, folders: dict[str, tuple[str, bool]]) -> dict[str, Any]:
         sizes = {"linear": sum(layer.weight.numel() for layer in quantization.linears(model).values()), "head": head}
         quantization.quantize(model, Quantization("nf4" if is_quantized else "none", True, 64, "once"))
         adapted = SupervisedLoss(lora.add_lora(model, Lora(job.rank, job.alpha, job.dropout, job.targets)))
-        # Without its cache: the adapters change under it.
+        # Without autocast's weight cache: the adapters are replaced while it is active.
         with torch.autocast(where.type, dtype=dtype, cache_enabled=False, enabled=where.type == "cuda"):
             if is_quantized:
                 untrained = mean_loss(adapted, held_out, job.length)
@@ -176,7 +176,7 @@ def _take(adapted: Any, folder: Path) -> None:
 
     found = set_peft_model_state_dict(adapted, load_file(folder / "adapter_model.safetensors"))
     if found.unexpected_keys or any("lora" in name for name in found.missing_keys):
-        raise ValueError(f"its tensors have other names, as {[*found.unexpected_keys, *found.missing_keys][0]}")
+        raise ValueError(f"its tensors have other names, like {[*found.unexpected_keys, *found.missing_keys][0]}")
 
 
 def _processor() -> str:

@@ -1,9 +1,9 @@
-"""How fast everything but training is, and whether it stays linear in its input: one table, and a plot.
+"""Measures how fast everything except training is, and whether the time is linear in the input: a table, and a plot.
 
     python benchmarks/throughput.py --plot docs/throughput.svg
 
-Each part runs over growing sizes in a temporary folder, under the variables that a stage runs with. The exponent e of
-seconds = c · sizeᵉ is fitted to the logarithms: 1 is linear, below 1 a fixed cost counts beside it.
+Each part runs on growing inputs in a temporary folder, with the environment variables of a stage. The exponent e of
+seconds = c · sizeᵉ is fitted to the logarithms. 1 is linear; below 1 there is also a fixed cost.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from throughput_parts import PARTS, Point
 
 from remint.core import launch
 
-# A sort and the processor's caches make 1.1 to 1.2 of what is linear but for them; a second pass over all for each is 2.
+# Sorting and CPU caches raise a linear exponent to 1.1 or 1.2. A pass over all items for each item gives 2.
 _LINEAR = 1.2
 
 
@@ -29,7 +29,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--plot", type=Path, help="draw the curves into this file (svg or png)")
-    parser.add_argument("--folder", type=Path, help="where to work, on the disk to measure; default: the system's")
+    parser.add_argument(
+        "--folder", type=Path, help="working folder, on the disk to measure; default: the system's temporary folder"
+    )
     options = parser.parse_args()
     block = launch.environment(2, network=False)
     if launch.missing(block):
@@ -52,23 +54,23 @@ def exponent(points: list[Point]) -> float:
 
 
 def table(curves: dict[str, list[Point]]) -> str:
-    """Markdown: a row a size, and what the whole curve says at its last one."""
+    """A Markdown table with a row per size. The last row of a part has its exponent and verdict."""
     lines = ["| part | size | s | a second | exponent | |", "|---|---|---|---|---|---|"]
     for part, points in curves.items():
         slope = exponent(points)
         verdict = f"{slope:.2f}, {'linear' if slope <= _LINEAR else 'NOT LINEAR'}"
         for point in points:
-            told = "; ".join(f"{name}: {value}" for name, value in point.told.items())
+            notes = "; ".join(f"{name}: {value}" for name, value in point.notes.items())
             rate = f"{point.amount / point.seconds:,.0f} {point.unit}"
             last = verdict if point is points[-1] else ""
             lines.append(
-                f"| {part} | {point.amount:,.0f} {point.unit} | {point.seconds:.3g} | {rate} | {last} | {told} |"
+                f"| {part} | {point.amount:,.0f} {point.unit} | {point.seconds:.3g} | {rate} | {last} | {notes} |"
             )
     return "\n".join(lines)
 
 
 def draw(curves: dict[str, list[Point]], path: Path) -> None:
-    """Seconds over size, each part in a field of its own, both axes logarithmic, with a line of slope 1."""
+    """Plot seconds over size, one subplot per part, with logarithmic axes and a reference line of slope 1."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""What `throughput.py` measures: each part is run over growing input, in a folder that is removed afterwards."""
+"""The parts that `throughput.py` measures. Each runs on growing inputs, in a folder that is removed afterwards."""
 
 import contextlib
 import hashlib
@@ -22,17 +22,17 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass
 class Point:
-    """One size of one part: how much of `unit` took how long, what else is to be told, and what would be compared with."""
+    """One size of one part: `amount` in `unit`, its time, and notes for the table, such as reference times."""
 
     part: str
     amount: float
     unit: str
     seconds: float
-    told: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
 
 
 def best(work: Callable[[], object], times: int = 3) -> float:
-    """The shortest of some runs, in seconds: what others do on the machine can only make one longer."""
+    """The shortest of `times` runs, in seconds. Other load on the machine can only make a run longer."""
     found = math.inf
     for _ in range(times):
         started = time.perf_counter()
@@ -42,7 +42,7 @@ def best(work: Callable[[], object], times: int = 3) -> float:
 
 
 def packing(folder: Path) -> Iterator[Point]:
-    """Documents into rows of 2048: best fit, each whole, against one long text that is cut every 2048 tokens."""
+    """Pack uncut documents into rows of 2048 by best fit, compared with one long text cut every 2048 tokens."""
     from remint.compute.packing import collate, document, pack
 
     random = np.random.default_rng(0)
@@ -84,15 +84,15 @@ def packing(folder: Path) -> Iterator[Point]:
 
 
 def replicate(folder: Path) -> Iterator[Point]:
-    """The stage replicate_data as a whole, on the project's own records."""
+    """The complete stage replicate_data, on the project's own records."""
     from remint.core.log import silent
-    from remint.runner import config
+    from remint.runner import config, preflight
     from remint.stages.replicate_data.run import run
 
     for copies in (10, 30, 100, 300, 1000):
         with contextlib.chdir(ROOT):
             settings = [f"replicate_data.{kind}_copies={copies}" for kind in ("identity", "control")]
-            arguments = config.compose(run, settings)
+            arguments = config.compose(preflight.declared_settings("replicate_data"), settings)
             arguments["paths"] = _moved(arguments["paths"], dataset=folder / "dataset")
 
             def once(arguments: dict[str, Any] = arguments) -> None:
@@ -106,7 +106,7 @@ def replicate(folder: Path) -> Iterator[Point]:
 
 
 def _moved(paths: Any, **changes: Path) -> Any:
-    """Paths that may lie outside the repository, as no user's may."""
+    """Paths outside the repository, which the checks of Paths would refuse."""
     moved = object.__new__(type(paths))
     moved.__dict__.update({**vars(paths), **changes})
     return moved
@@ -121,7 +121,7 @@ def _no_bars() -> Iterator[None]:
 
 
 def hashing(folder: Path) -> Iterator[Point]:
-    """A file's sha256 as manifests take it, against hashlib fed from the file by a large buffer, and from memory."""
+    """A file's sha256 as in manifests, compared with hashlib on the file with a large buffer, and on memory."""
     from remint.core.manifest import file_digest
 
     for size in (2**24, 2**26, 2**28, 2**30):
@@ -137,15 +137,15 @@ def hashing(folder: Path) -> Iterator[Point]:
 
         seconds = best(lambda path=path: file_digest(path))
         memory = best(lambda data=data: hashlib.sha256(data).digest())
-        told = {
+        notes = {
             "large buffer": f"{size / best(large_buffer) / 1e6:.0f} MB/s",
             "memory": f"{size / memory / 1e6:.0f} MB/s",
         }
-        yield Point("hashing", size / 1e6, "MB", seconds, told)
+        yield Point("hashing", size / 1e6, "MB", seconds, notes)
 
 
 def staging_safetensors(folder: Path) -> Iterator[Point]:
-    """A checkpoint in fp32, written anew in bf16 as a base; MB are those of the source."""
+    """A checkpoint in fp32, rewritten in bf16 as a base. MB are those of the source."""
     import torch
 
     yield from _staging(
@@ -154,7 +154,7 @@ def staging_safetensors(folder: Path) -> Iterator[Point]:
 
 
 def staging_gguf(folder: Path) -> Iterator[Point]:
-    """The same for a GGUF of 4-bit weights (Q4_1), the kind that the default base comes as."""
+    """The same for a GGUF of 4-bit weights (Q4_1), the format of the default base."""
     yield from _staging(folder, "staging, GGUF", lambda layers: write_gguf(folder / "g", layers))
 
 
@@ -183,7 +183,7 @@ def _staging(folder: Path, part: str, write: Callable[[int], tuple[Path, str | N
 
 
 def merge(folder: Path) -> Iterator[Point]:
-    """An adapter of rank 64 added to an eighth, a quarter, a half and the whole of InternLM2-1.8B, each in a process of its own."""
+    """Merge an adapter of rank 64 into 3, 6, 12 and all 24 layers of InternLM2-1.8B, each size in its own process."""
     from remint.core import launch
 
     *width, vocabulary = INTERNLM2
@@ -218,7 +218,7 @@ def merge(folder: Path) -> Iterator[Point]:
 
 
 def measure_merge(source: Path, out: Path) -> dict[str, float]:
-    """Merge and copy in turns: from the page cache to it, and from a disk to it; memory in MB as Linux counts it."""
+    """Merge and copy in turns, within the page cache and from disk to disk. Memory is in MB, as Linux counts it."""
     import torch
 
     from remint.compute import determinism
@@ -243,7 +243,7 @@ def measure_merge(source: Path, out: Path) -> dict[str, float]:
             shutil.copyfile(file, draft / file.name)
 
     found: dict[str, float] = {}
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the highest mark of memory starts anew
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # reset the peak memory (VmHWM)
     start = memory("VmRSS")
     for _ in range(3):
         for name, work in (("copy", copied), ("merge", merged)):
@@ -251,7 +251,7 @@ def measure_merge(source: Path, out: Path) -> dict[str, float]:
                 draft = fresh(out)
                 for file in files if is_cold else []:
                     _synced(file, drop=True)
-                os.sync()  # what earlier runs left to write is no part of this one
+                os.sync()  # do not count writes that earlier runs left pending
                 started, used = time.perf_counter(), time.process_time()
                 work(draft)
                 used = time.process_time() - used
@@ -269,7 +269,7 @@ def measure_merge(source: Path, out: Path) -> dict[str, float]:
 
 
 def _synced(path: Path, drop: bool = False) -> None:
-    """Wait until a file is on the disk; `drop` what memory holds of it."""
+    """Wait until a file is on the disk. With `drop`, evict it from the page cache."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         if drop:
@@ -277,13 +277,13 @@ def _synced(path: Path, drop: bool = False) -> None:
 
 
 def memory(name: str) -> float:
-    """A figure of /proc/self/status in MB."""
+    """A value of /proc/self/status, in MB."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024 / 1e6
 
 
 def repro(folder: Path) -> Iterator[Point]:
-    """`dvc repro` of a pipeline in which nothing changed, with ever larger artefacts; the model is the tests' tiny one."""
+    """`dvc repro` of an unchanged pipeline with growing artefacts. The model is the tests' tiny one."""
     sys.path.insert(0, str(ROOT))
     from tests.workplace import with_tiny_model
 
@@ -306,14 +306,14 @@ SMOLLM2, INTERNLM2 = (576, 1536, 9, 3, 49152), (2048, 8192, 16, 8, 92544)
 
 
 def fresh(folder: Path) -> Path:
-    """An empty folder at that place."""
+    """Make `folder` empty, and create it if needed."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
 
 
 def shapes(layers: int, shape: tuple[int, int, int, int, int]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of a Llama's tensors."""
+    """Names and shapes of the tensors of a Llama model."""
     from remint.compute.kernels.layers import LINEARS, MLP
 
     hidden, inner, heads, few, vocabulary = shape
@@ -332,7 +332,7 @@ def shapes(layers: int, shape: tuple[int, int, int, int, int]) -> Iterator[tuple
 
 
 def write_llama(folder: Path, layers: int, dtype: Any, shape: Any = SMOLLM2, shard_mb: int = 2000) -> Path:
-    """A checkpoint of random weights, in bf16 unless told otherwise."""
+    """Write a checkpoint of random weights, in bf16 unless `dtype` is given."""
     import torch
     from transformers import LlamaConfig
 
@@ -348,14 +348,14 @@ def write_llama(folder: Path, layers: int, dtype: Any, shape: Any = SMOLLM2, sha
 
 
 def fields(layers: int, shape: tuple[int, int, int, int, int]) -> dict[str, Any]:
-    """The configuration's fields for a shape."""
+    """The fields of config.json for a shape."""
     names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
     tied = {"tie_word_embeddings": shape[0] == SMOLLM2[0]}
     return dict(zip(names, shape, strict=True)) | {"num_hidden_layers": layers} | tied
 
 
 def write_gguf(folder: Path, layers: int) -> tuple[Path, str]:
-    """The same as a GGUF whose matrices are Q4_1."""
+    """Write the same model as a GGUF whose matrices are Q4_1."""
     import gguf
 
     hidden, inner, heads, few, vocabulary = SMOLLM2

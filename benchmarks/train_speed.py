@@ -1,11 +1,11 @@
-"""How fast the training step is: one table of settings side by side, on the same weights, data and device.
+"""Measures the speed of the training step: one table that compares settings on the same weights, data and device.
 
     python benchmarks/train_speed.py --shape internlm2-1.8b --variants plain fused exact small
 
-Random weights of a real model's shape, random documents packed into full rows. Each variant is a process of its own, so none
-profits from another's memory or caches. A step is forward, backward, clipping and AdamW; steady state is the median of
-the steps after the first ones. TFLOP/s count 4 N a token for the frozen linear layers (forward and the gradient of the
-input, no gradient of the weight) and 4 N for the head on positions that learn.
+Weights are random, in the shape of a real model. Documents are random, packed into full rows. Each variant has its own
+process, so it cannot use another's memory or caches. A step is forward, backward, clipping and AdamW. The speed is the
+median over the last two thirds of the steps after the first one. TFLOP/s count 4 N per token for the N frozen linear
+weights (forward and input gradient, no weight gradient), and 4 N for the head at supervised positions.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from typing import Any
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -48,7 +49,7 @@ VARIANTS: dict[str, tuple[str, str, bool, bool, int]] = {
     "small": ("fused", "each_use", True, False, 4),
     "small, 5 rows": ("fused", "each_use", True, False, 5),
     "small, 6 rows": ("fused", "each_use", True, False, 6),
-    # As the recipes internlm2-8gb, -16gb and -24gb have it; internlm2-80gb is `wide`.
+    # The settings of the recipes internlm2-8gb, -16gb and -24gb; internlm2-80gb has those of `wide`.
     "8 GB": ("fused", "each_use", True, False, 8),
     "16 GB": ("fused", "each_use", False, False, 4),
     "24 GB": ("fused", "once", False, False, 4),
@@ -61,15 +62,17 @@ def main() -> None:
         description=__doc__.splitlines()[0] if __doc__ else None, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--shape", choices=SHAPES, default="internlm2-1.8b")
-    variants = "settings with a name, in quotes where it has spaces; '8 GB' to '24 GB' and wide are the recipes internlm2-8gb to -80gb"
+    variants = (
+        "names of settings, quoted if they contain spaces; '8 GB' to '24 GB' and wide: recipes internlm2-8gb to -80gb"
+    )
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help=variants)
-    parser.add_argument("--length", type=int, default=2048, help="tokens of a row")
+    parser.add_argument("--length", type=int, default=2048, help="tokens per row")
     parser.add_argument("--documents", type=int, nargs=2, default=(60, 256), help="shortest and longest document")
-    parser.add_argument("--supervised", type=float, default=0.5, help="share of a document that is learned")
+    parser.add_argument("--supervised", type=float, default=0.5, help="supervised share of a document")
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--profile", action="store_true", help="print where the GPU's time goes")
+    parser.add_argument("--profile", action="store_true", help="print which kernels use the GPU's time")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -97,19 +100,56 @@ def main() -> None:
         )
 
 
-def measure(options: argparse.Namespace, variant: str) -> dict[str, Any]:
-    """One variant's figures."""
+@dataclass
+class Bench:
+    """A model ready to train, and its batches on the device."""
+
+    where: Any
+    dtype: Any
+    loss_of: Any
+    trained: list[Any]
+    optimizer: Any
+    batches: list[Any]
+    linear_weights: int
+    head_weights: int
+
+    def wait(self) -> float:
+        """The clock, after the device has finished."""
+        import torch
+
+        if self.where.type == "cuda":
+            torch.cuda.synchronize()
+        return time.monotonic()
+
+    def step(self, number: int) -> Any:
+        """Optimizer step `number`; returns its loss per supervised token (nats), still on the device."""
+        import torch
+
+        from remint.compute.determinism import seed_step
+
+        batch = self.batches[number % len(self.batches)]
+        seed_step(0, "bench", number)
+        with torch.autocast(self.where.type, dtype=self.dtype, enabled=self.where.type == "cuda"):
+            loss = self.loss_of(**batch) / len(batch["learned"])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0, foreach=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+
+def prepare(options: argparse.Namespace, variant: str) -> Bench:
+    """Random weights in the shape of a real model, quantized, with LoRA; random documents packed into full rows."""
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-    import numpy as np
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from remint.compute import determinism
     from remint.compute.kernels.layers import LINEARS
     from remint.compute.loss import SupervisedLoss
-    from remint.compute.packing import collate, document, moved, pack
     from remint.core.settings import Runtime
     from remint.model import loading, lora, quantization
+    from remint.model.qlora import Lora, Quantization
 
     kernels, dequantize, checkpointing, deterministic, micro_batch = VARIANTS[variant]
     where = loading.device()
@@ -120,76 +160,78 @@ def measure(options: argparse.Namespace, variant: str) -> dict[str, Any]:
     with torch.device(where):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     model.requires_grad_(False)
-    quantization.quantize(model, loading.Quantization("nf4", True, 64, dequantize))
+    quantization.quantize(model, Quantization("nf4", True, 64, dequantize))
     torch.cuda.empty_cache() if where.type == "cuda" else None
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    linear = sum(
-        w.in_features * w.out_features for w in quantization.linears(model).values()
-    )  # before LoRA has its own
-    adapted = lora.add_lora(model, loading.Lora(options.rank, 16, options.dropout, list(LINEARS)))
+    # Counted before LoRA adds linear layers of its own.
+    linear = sum(layer.in_features * layer.out_features for layer in quantization.linears(model).values())
+    adapted = lora.add_lora(model, Lora(options.rank, 16, options.dropout, list(LINEARS)))
     loss_of = SupervisedLoss(adapted, fused=kernels == "fused").train()
     trained = [p for p in loss_of.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    batches = random_batches(options, micro_batch, config.vocab_size, where)
+    return Bench(where, dtype, loss_of, trained, optimizer, batches, linear, config.vocab_size * config.hidden_size)
+
+
+def random_batches(options: argparse.Namespace, micro_batch: int, vocabulary: int, where: Any) -> list[Any]:
+    """Three micro-batches of packed random documents, on the device."""
+    import numpy as np
+
+    from remint.compute.packing import collate, document, moved, pack
 
     random = np.random.default_rng(0)
     documents = []
     for length in random.integers(options.documents[0], options.documents[1] + 1, size=60 * micro_batch):
         learned = np.arange(length) >= (1 - options.supervised) * length
-        documents.append(document(random.integers(0, config.vocab_size, length), learned))
+        documents.append(document(random.integers(0, vocabulary, length), learned))
     packed = pack([len(d.ids) for d in documents], options.length)[: 3 * micro_batch]
-    batches = [
+    return [
         moved(collate([[documents[i] for i in row] for row in packed[start : start + micro_batch]]), where)
         for start in range(0, len(packed), micro_batch)
     ]
-    tokens = [int((batch["starts"][-1]).item()) for batch in batches]
-    learned_tokens = [len(batch["learned"]) for batch in batches]
-    head = config.vocab_size * config.hidden_size
 
-    def wait() -> float:
-        if where.type == "cuda":
-            torch.cuda.synchronize()
-        return time.monotonic()
 
-    def one(number: int) -> torch.Tensor:
-        index = number % len(batches)
-        determinism.seed_step(0, "bench", number)
-        with torch.autocast(where.type, dtype=dtype, enabled=where.type == "cuda"):
-            loss = loss_of(**batches[index]) / learned_tokens[index]
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0, foreach=True)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+def measure(options: argparse.Namespace, variant: str) -> dict[str, Any]:
+    """Measure one variant. Returns the values of its row in the table."""
+    bench = prepare(options, variant)
+    import torch  # after `prepare` has set cuBLAS's variable
 
-    reachable = roof(torch, where, dtype)
-    started = wait()
-    last = one(0)
-    first = wait() - started
+    tokens = [int(batch["starts"][-1].item()) for batch in bench.batches]
+    learned = [len(batch["learned"]) for batch in bench.batches]
+    flops = [4 * (bench.linear_weights * t + bench.head_weights * n) for t, n in zip(tokens, learned, strict=True)]
+    reachable = roof(torch, bench.where, bench.dtype)
+    started = bench.wait()
+    last = bench.step(0)
+    first = bench.wait() - started
     times, work = [], []
     for number in range(1, options.steps):
-        started = wait()
-        last = one(number)
-        times.append(wait() - started)
-        work.append(number % len(batches))
-    if options.profile and where.type == "cuda":
-        _profile(torch, one)
+        started = bench.wait()
+        last = bench.step(number)
+        times.append(bench.wait() - started)
+        work.append(number % len(bench.batches))
+    on_gpu = bench.where.type == "cuda"
+    if options.profile and on_gpu:
+        _profile(torch, bench.step)
     steady = range(len(times) // 3, len(times))
-    flops = [4 * (linear * tokens[i] + head * learned_tokens[i]) for i in range(len(batches))]
+
+    def per_second(amounts: list[int]) -> float:
+        return statistics.median(amounts[work[i]] / times[i] for i in steady)
+
     return {
-        "tokens_per_s": statistics.median(tokens[work[i]] / times[i] for i in steady),
-        "learned_per_s": statistics.median(learned_tokens[work[i]] / times[i] for i in steady),
-        "tflops": statistics.median(flops[work[i]] / times[i] for i in steady) / 1e12,
+        "tokens_per_s": per_second(tokens),
+        "learned_per_s": per_second(learned),
+        "tflops": per_second(flops) / 1e12,
         "roof": reachable / 1e12,
-        "peak_gib": (torch.cuda.max_memory_allocated() / 2**30) if where.type == "cuda" else float("nan"),
+        "peak_gib": (torch.cuda.max_memory_allocated() / 2**30) if on_gpu else float("nan"),
         "first_s": first,
         "loss": last.item(),
-        "adapter": hashlib.sha256(b"".join(p.detach().cpu().numpy().tobytes() for p in trained)).hexdigest()[:10],
+        "adapter": hashlib.sha256(b"".join(p.detach().cpu().numpy().tobytes() for p in bench.trained)).hexdigest()[:10],
     }
 
 
 def roof(torch: Any, where: Any, dtype: Any) -> float:
-    """Operations a second of a large matrix product: what the device can do in practice."""
+    """Operations per second of a large matrix product: the practical peak of the device."""
     size = (16384, 2048, 8192) if where.type == "cuda" else (512, 576, 1536)
     a = torch.randn(size[0], size[1], device=where, dtype=dtype)
     b = torch.randn(size[1], size[2], device=where, dtype=dtype)

@@ -1,10 +1,11 @@
-"""How long the tutorial's whole job takes: every stage by its command, on random weights in InternLM2-chat-1.8B's own layout.
+"""Times the tutorial's complete job: every stage by its command, on random weights in InternLM2-chat-1.8B's own layout.
 
     python benchmarks/tutorial.py --recipe internlm2-80gb --again 2
 
-80 identity records × 100 and no others, 3 epochs, as the tutorial has it. Nothing is learned from random weights that could
-be judged; what is timed does not depend on their values. Each stage is timed from its process's start to its end. `train`
-runs first with empty compile caches and then `--again` times with full ones, and has to leave the same adapter each time.
+The job is that of the tutorial: 80 identity records × 100 and no others, 3 epochs. The answers of random weights cannot
+be judged, but the times do not depend on the weights' values. Each stage is timed from the start of its process to its
+end. `train` runs once with empty compile caches, then `--again` times with full ones, and must leave the same adapter
+each time.
 """
 
 import argparse
@@ -40,7 +41,7 @@ CONFIG = {
     "pad_token_id": 2,
 }
 MARKERS = ("<|plugin|>", "<|interpreter|>", "<|action_end|>", "<|action_start|>", "<|im_end|>", "<|im_start|>")
-# Random weights round to bfloat16 less kindly than trained ones: merge's proof would refuse them.
+# Random weights lose more by rounding to bfloat16 than trained ones, so merge's check would refuse a bfloat16 model.
 SETTINGS = {"merge": ["merge.dtype=float32"], "eval_chat": ["eval_chat.max_new_tokens=16"]}
 STAGES = ("replicate_data", "stage_base", "train", "convert", "merge", "eval_chat")
 
@@ -49,28 +50,36 @@ def main() -> None:
     """Make the base, run the stages, print a table."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").splitlines()[0],
-        epilog=f"{RECORDS} of the project's records stand for the tutorial's; set besides, unless given: "
+        epilog=f"{RECORDS} of the project's records replace the tutorial's; also set, unless you set them: "
         + " ".join(setting for settings in SETTINGS.values() for setting in settings),
     )
     parser.add_argument(
         "--recipe",
         default="internlm2-80gb",
-        help="one for InternLM2-chat-1.8B; its training needs a GPU; default: %(default)s",
+        help="a recipe for InternLM2-chat-1.8B; training needs a GPU; default: %(default)s",
     )
     parser.add_argument(
-        "--stages", nargs="+", choices=STAGES, default=STAGES, help="all unless named; 4 GB for the base"
+        "--stages",
+        nargs="+",
+        choices=STAGES,
+        default=STAGES,
+        help="stages to run; default: all; the base takes 4 GB of disk",
     )
     parser.add_argument(
-        "--again", type=int, default=1, help="how often `train` runs with full caches; default: %(default)s"
+        "--again", type=int, default=1, help="how many times `train` runs with full caches; default: %(default)s"
     )
-    parser.add_argument("--layers", type=int, default=24, help="fewer make a smaller base, to try the script")
+    parser.add_argument(
+        "--layers", type=int, default=24, help="layers of the base; fewer make it smaller, to try this script"
+    )
     parser.add_argument("settings", nargs="*", metavar="key=value", help="other settings, like train.micro_batch=8")
     options = parser.parse_args()
     from remint.runner import recipes
 
     os.chdir(ROOT)
     if options.recipe not in recipes.names() or recipes.settings(options.recipe)["model"] != MODEL:
-        parser.error(f"--recipe: must be one for {MODEL}, got {options.recipe!r}; see `make recipes PATTERN=internlm2`")
+        parser.error(
+            f"--recipe: must be a recipe for {MODEL}, got {options.recipe!r}; see `make recipes PATTERN=internlm2`"
+        )
     for setting in options.settings:
         if not setting.startswith(tuple(f"{stage}." for stage in STAGES)):
             parser.error(f"{setting}: must begin with a stage, like train.micro_batch=8")
@@ -87,16 +96,16 @@ def main() -> None:
             shutil.rmtree(PLACE / "data" / "checkpoint")
             row("`train`, Triton's cache full", run(stage, given), again := adapter())
             if again != first:
-                sys.exit(f"train: left another adapter, {again} instead of {first}")
+                sys.exit(f"train: the adapter differs, got {again} instead of {first}")
 
 
-def row(name: str, seconds: float, told: str) -> None:
-    """A line of the table."""
-    print(f"| {name} | {seconds:.1f} | {told} |", flush=True)
+def row(name: str, seconds: float, note: str) -> None:
+    """Print a line of the table."""
+    print(f"| {name} | {seconds:.1f} | {note} |", flush=True)
 
 
 def prepare(params: str, layers: int) -> None:
-    """A folder in which the stages find what they declare: settings, sources, code, the base in its own layout."""
+    """Make a folder with everything that the stages declare: settings, sources, code, the base in its own layout."""
     from remint.core import manifest
 
     shutil.rmtree(PLACE, ignore_errors=True)
@@ -117,7 +126,7 @@ def prepare(params: str, layers: int) -> None:
 
 
 def write_base(folder: Path, config: dict[str, Any]) -> None:
-    """Random weights, config and SentencePiece model as the publisher's folder has them."""
+    """Write random weights, config and SentencePiece model like the publisher's folder."""
     import torch
 
     from remint.weights import shards
@@ -153,7 +162,7 @@ def write_base(folder: Path, config: dict[str, Any]) -> None:
 
 
 def pieces() -> Iterator[str]:
-    """What the records are written with: their characters, and their words with all that these begin with."""
+    """Vocabulary from the records: their characters, and their words with all prefixes."""
     for path in sorted((ROOT / "data" / "source").glob("*.json")):
         text = path.read_text(encoding="utf-8")
         yield from sorted(set(text) - {" ", "\n"})
@@ -164,7 +173,7 @@ def pieces() -> Iterator[str]:
 
 
 def run(stage: str, settings: list[str]) -> float:
-    """Seconds that the stage takes by its command; what it says goes into a log."""
+    """Run a stage by its command, with the output in a log. Returns its seconds."""
     block = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]),
@@ -186,7 +195,7 @@ def run(stage: str, settings: list[str]) -> float:
 
 
 def facts(stage: str) -> str:
-    """What the stage left, in a word or two."""
+    """The size of the stage's output, for the table."""
     if stage == "replicate_data":
         return f"{sum(1 for _ in (PLACE / 'data/dataset/train.jsonl').open(encoding='utf-8')):,} rows"
     made = {"stage_base": "base", "convert": "adapter", "merge": "model", "eval_chat": "report"}[stage]
@@ -194,7 +203,7 @@ def facts(stage: str) -> str:
 
 
 def adapter() -> str:
-    """Steps and the sha256 of what `train` saved last."""
+    """Number of steps and the sha256 of the last checkpoint of `train`."""
     steps = sorted((PLACE / "data" / "checkpoint").glob("step-*"))
     lines = (PLACE / "data/checkpoint/history.jsonl").read_text(encoding="utf-8").splitlines()
     sums = hashlib.sha256(b"".join(f.read_bytes() for f in sorted(steps[-1].glob("*.safetensors")))).hexdigest()

@@ -1,7 +1,7 @@
-"""A simulated crash in the middle of file-system work: at the n-th operation the process does nothing any more.
+"""A simulated crash during file-system work: from the n-th operation on, the process does nothing.
 
-Python announces what it is about to do with files to an audit hook, wherever in the standard library it is done; only
-fsync is announced by nobody and wrapped here. After the crash every file whose bytes were not yet forced to the disk
+Python reports each change of a file to an audit hook in advance, from anywhere in the standard library. Only
+fsync has no audit event and is wrapped here. After the crash every file whose bytes were not yet forced to the disk
 loses its second half, as after a power cut.
 """
 
@@ -15,7 +15,7 @@ _active = None
 
 
 class Crash(BaseException):
-    """Nobody catches it, as nobody outlives a kill."""
+    """Nothing catches it, just as nothing runs after a kill."""
 
 
 class _Disk:
@@ -23,7 +23,7 @@ class _Disk:
         self.root, self.at, self.done, self.safe = root, at, 0, {_inode(path) for path in _files(root)}
 
     def operation(self):
-        """One more change is about to be made; after the crash there are no more, not even those of `finally`."""
+        """Called before each change. After the crash none is made, not even one in a `finally` block."""
         self.done += 1
         if self.done >= self.at:
             raise Crash
@@ -48,7 +48,7 @@ def _hook(event, arguments):
         return
     if event == "open" and not (isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)):
         return
-    # rmtree names what it removes from inside the folder that it has opened, so relative names are of this root as well.
+    # rmtree passes names relative to the folder that it has opened, so relative names belong to this root as well.
     path = Path(arguments[0])
     if path.is_relative_to(_active.root) or not path.is_absolute():
         _active.operation()
@@ -59,7 +59,7 @@ sys.addaudithook(_hook)
 
 @contextlib.contextmanager
 def crashing(root, at, monkeypatch):
-    """Crash at the `at`-th change under `root`; gives an object whose `done` counts them. Swallows the crash."""
+    """Crash at the `at`-th change under `root`, and swallow the crash. Yields an object that counts them in `done`."""
     global _active
     disk = _Disk(root, at)
 

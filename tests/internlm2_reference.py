@@ -1,4 +1,4 @@
-"""InternLM2's forward pass, head by head in plain torch, and random checkpoints in its layout: what the rest is held to."""
+"""The reference for other tests: InternLM2's forward pass, head by head in plain torch, and random checkpoints."""
 
 import json
 from collections.abc import Mapping
@@ -44,7 +44,7 @@ CONFIG = {
 
 
 def random_weights(config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Tensors by InternLM2's names; the norms' are not 1, so that one in the wrong place is seen."""
+    """Tensors by InternLM2's names. The norms are not 1, so a norm in the wrong place changes the result."""
     generator = torch.Generator().manual_seed(0)
     wide, inner, heads, kv_heads = (
         config[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
@@ -75,7 +75,7 @@ def random_weights(config: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def stage_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Paths:
-    """A fixture: an empty repository as the working directory, and in it the folder `tiny` with a tokenizer."""
+    """A fixture: an empty repository as the working directory, with a tokenizer in the folder `tiny`."""
     monkeypatch.chdir(tmp_path)
     Path("conf").mkdir()
     Path("tiny").mkdir()

@@ -1,10 +1,10 @@
-# The slow suite in two halves side by side: most of it starts commands, and most of a command is imports on one core.
+# Runs the slow suite in two halves in parallel: most of its time is imports by the commands it starts, on one core.
 # usage: slow.sh PYTHON
 set -u
 run=("$1" -m pytest -q -p no:cacheprovider -m slow)
 log=$(mktemp)
-echo "${run[*]}: tests/test_end_to_end.py, and beside it the others"
-# In a process group of its own, for else it would ignore Ctrl-C as what a script has in the background does, and hand that on.
+echo "${run[*]}: tests/test_end_to_end.py, and the others at the same time"
+# In its own process group. A script's background job would ignore Ctrl-C, and so would its children.
 set -m
 "${run[@]}" tests/test_end_to_end.py >"$log" 2>&1 &
 first=$!

@@ -1,4 +1,4 @@
-"""docker/run with an engine that writes down what it is asked: what each command gets of the machine, and what it is told."""
+"""docker/run with a fake engine that records its arguments: what each command can reach, and what is printed."""
 
 import os
 import shutil
@@ -35,7 +35,7 @@ STAGE_BASE = ("python", "-m", "remint", "stage_base")
 
 
 class Engine:
-    """A folder of a project beside an engine; `run` gives the finished docker/run, `asked` what the engine got."""
+    """A project folder and a fake engine. `run` returns the output of docker/run, `asked` the engine's arguments."""
 
     def __init__(self, root: Path):
         self.project, self.bin = root / "a folder with spaces", root / "bin"
@@ -60,7 +60,7 @@ class Engine:
         )
 
     def build(self, *targets, status=0, **variables):
-        """What docker/build had the engine do: the words of its command and the secrets that it was handed."""
+        """Run docker/build; returns the arguments of the engine's command and the secrets that it got."""
         (self.bin / "built").unlink(missing_ok=True)
         done = subprocess.run(
             [sys.executable, ROOT / "docker/build", *targets],
@@ -88,7 +88,7 @@ def engine(tmp_path):
 
 
 def after(asked, option):
-    """The word after an option, or after its equals sign."""
+    """The value of an option, as the next argument or after an equals sign."""
     for word, following in zip(asked, [*asked[1:], ""], strict=True):
         if word == option or word.startswith(f"{option}="):
             return word.partition("=")[2] or following
@@ -117,7 +117,7 @@ def test_an_experiment_in_a_copy_keeps_its_work_in_the_repository(engine):
     assert after(asked, "--workdir") == str(copy)
     assert f"type=bind,source={engine.project},target={engine.project}" in asked
     assert {f"--env=DVC_ROOT={engine.project}", "--env=DVC_STAGE", "--env=DVC_EXP_NAME"} <= set(asked)
-    # DVC goes on to use the terminal, if there is one.
+    # DVC keeps using the terminal, if there is one.
     assert "--interactive" not in asked
     assert after(asked, "--name") != after(engine.asked(*TRAIN), "--name")
 
@@ -196,7 +196,7 @@ def test_a_gpu_is_handed_on_where_there_is_one(engine, variables, gpu):
         ({"FAKE_NO_IMAGE": "Error: remint: image not known"}, "there is no image remint; build it with `make image`"),
         ({"FAKE_NO_IMAGE": "Cannot connect to the daemon"}, "docker does not answer (Cannot connect to the daemon)"),
         ({"DOCKER": "absent"}, "absent was not found; install Docker or Podman"),
-        ({"FAKE_STATE": "running"}, "is at it already (running); wait for it, or end it with `make stop`"),
+        ({"FAKE_STATE": "running"}, "is already running this (running); wait for it, or stop it with `make stop`"),
         ({"RUNNER": "podman"}, "RUNNER must be local or docker, got 'podman'"),
     ],
 )
@@ -220,10 +220,11 @@ def test_a_signal_reaches_the_client_itself(engine):
         assert process.wait(timeout=10) == 143
 
 
+@pytest.mark.slow
 def test_a_killed_client_takes_its_own_container_along(engine):
     with engine.start(*TRAIN, FAKE_RUN="echo ready; exec sleep 60") as process:
         assert process.stdout.readline() == "ready\n"
-        time.sleep(1.5)
+        time.sleep(1.2)  # longer than the watcher waits between two looks
         assert not (engine.bin / "stopped").exists()
         process.kill()
     wait_for((engine.bin / "stopped").exists, seconds=20)
@@ -232,8 +233,9 @@ def test_a_killed_client_takes_its_own_container_along(engine):
     assert (engine.bin / "stopped").read_text() == "stop c0ffee\n"
 
 
+@pytest.mark.slow
 def test_a_killed_dvc_takes_the_container_along(engine):
-    """Here a shell stands for DVC: what starts docker/run, and dies alone."""
+    """A shell takes the place of DVC: it starts docker/run, and only the shell is killed."""
     command = 'echo $$; docker/run python -m remint train; echo "never"'
     environment = {
         "PATH": f"{engine.bin}:/usr/bin:/bin",
@@ -243,7 +245,7 @@ def test_a_killed_dvc_takes_the_container_along(engine):
     }
     with subprocess.Popen(["sh", "-c", command], cwd=engine.project, env=environment, stdout=subprocess.DEVNULL) as dvc:
         wait_for((engine.bin / "asked").exists, dvc, seconds=20)
-        dvc.kill()  # and nobody has reaped it yet
+        dvc.kill()  # it is not reaped yet
         wait_for((engine.bin / "stopped").exists, seconds=20)
 
 
@@ -303,18 +305,21 @@ def test_folders_of_wheels_become_an_image_that_is_the_same_each_time(engine):
     ],
 )
 def test_what_is_built_on_is_a_choice(engine, variables, arguments):
-    asked, _ = engine.build("remint", **variables)
+    (engine.bin / "pip").mkdir()
+    for name in ("__init__.py", "__main__.py"):  # a pip without settings, which starts faster than the real one
+        (engine.bin / "pip" / name).touch()
+    asked, _ = engine.build("remint", PYTHONPATH=str(engine.bin), **variables)
     assert {f"--build-arg={argument}" for argument in arguments} <= set(asked)
 
 
 @pytest.mark.parametrize(
     ("target", "said"),
     [
-        (("remote",), "make remote: needs a place, got none; add URL="),
+        (("remote",), "make remote: needs a URL, got none; add URL="),
         (("stop", "DOCKER=no-such-engine"), "make stop: no-such-engine was not found"),
         (("up", "DOCKER=no-such-engine"), "docker/stack: no-such-engine was not found"),
-        (("recipe",), "`make recipe NAME=smoke` takes one"),
-        (("ui", "PORT={taken}"), "make ui: port {taken} cannot be had; try PORT="),
+        (("recipe",), "`make recipe NAME=smoke` puts one in place"),
+        (("ui", "PORT={taken}"), "make ui: port {taken} is not available; try PORT="),
     ],
 )
 def test_a_target_that_lacks_something_says_what(target, said):

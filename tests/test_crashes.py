@@ -1,4 +1,4 @@
-"""Killed or cut off from power at every single file-system operation: what is left is old or new, never half."""
+"""Kills and power cuts at every file-system operation: the result is the old or the new state, never half of it."""
 
 import itertools
 import os
@@ -27,8 +27,8 @@ def save(root, step):
 
 
 def crash_everywhere(tmp_path, monkeypatch, prepare, act):
-    """Do `act` once for each of its operations, crashing there, on a prepared folder each; gives the folders."""
-    monkeypatch.setattr(os, "fsync", lambda _: None)  # no power is cut here, and the real one takes its time
+    """Crash `act` at each of its operations, each time in a newly prepared folder; yields the folders."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # the real one is slow, and no power is cut here
     for number in itertools.count(1):
         root = tmp_path / f"{number:03}"
         root.mkdir()

@@ -1,4 +1,4 @@
-"""The pipeline as a user runs it, on a tiny real model, in a repository of its own."""
+"""The pipeline as a user runs it, with a tiny real model, in a separate repository."""
 
 import functools
 import hashlib
@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from remint.core.paths import ARTEFACTS
-from tests.conftest import to_internlm2, write_sentencepiece, write_tiny_model
+from tests.conftest import ROOT, to_internlm2, write_sentencepiece, write_tiny_model
 from tests.workplace import STAGES, Workplace, clone, wait_for, with_tiny_model
 
 pytestmark = pytest.mark.slow
@@ -31,7 +31,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def built(place):
-    """The workplace after the first `dvc repro`: checksums are asked for, then recorded, then everything runs."""
+    """The workplace after the first `dvc repro`: checksums are printed and recorded, then all stages run."""
     place.record_checksums("tiny")
     assert not (place.root / "data/base").exists()
     assert place.repro() == STAGES
@@ -43,7 +43,7 @@ def built(place):
 def test_it_leaves_whole_artefacts_and_a_report(built):
     said = built.run("docker/run", "python", "-m", "remint", "verify")
     assert said.count("as recorded") == 6
-    for file in (built.root / "data").rglob("*.safetensors"):  # the order of two entries would be a matter of chance
+    for file in (built.root / "data").rglob("*.safetensors"):  # two entries would have a random order
         with safe_open(file, framework="pt") as tensors:
             assert tensors.metadata() in (None, {"format": "pt"}), file
     metrics = json.loads((built.root / "data/report/metrics.json").read_text(encoding="utf-8"))
@@ -52,6 +52,59 @@ def test_it_leaves_whole_artefacts_and_a_report(built):
     assert rows[0] == "step,loss,held_out_loss,lr"
     assert len(rows) > 5
     assert "states its name" in built.run("docker/run", "python", "-m", "remint", "summary")
+
+
+RERUNS = """
+import json, sys
+from pathlib import Path
+from dvc.repo import Repo
+found = {}
+for place in json.load(sys.stdin):
+    folder = Path("src/remint") / place
+    file = folder if folder.is_file() else min(folder.rglob("*.py"))
+    kept = file.read_bytes()
+    file.write_bytes(kept + b"# another line\\n")
+    with Repo() as repo:
+        found[place] = [name for name, _ in repo.status().items()]
+    file.write_bytes(kept)
+print(json.dumps(found))
+"""
+
+
+def reruns_by_the_design():
+    """From docs/design.md: for each place in src/remint, the stages that a change there reruns, in any order."""
+    rows = [line.split("|") for line in (ROOT / "docs/design.md").read_text(encoding="utf-8").splitlines()]
+    start = rows.index(next(row for row in rows if row[1:4] == [" room ", " what is in it ", " a change reruns "]))
+    found = {}
+    for row in rows[start + 2 :]:
+        if len(row) < 4:
+            break
+        place, stages = row[1].strip(" `"), row[3].strip()
+        if "<stage>" in place:
+            found |= {place.replace("<stage>", stage): {stage} for stage in STAGES}
+        else:
+            found[place] = set() if stages == "nothing" else {name.strip(" `") for name in stages.split(",")}
+    return found
+
+
+def test_a_change_reruns_the_stages_that_the_design_names(built):
+    expected = reruns_by_the_design()
+    rooms = {
+        path.name
+        for path in (ROOT / "src/remint").iterdir()
+        if path.is_dir() and path.name not in ("stages", "__pycache__")
+    }
+    assert rooms <= {place.strip("/") for place in expected}
+    done = subprocess.run(
+        [sys.executable, "-c", RERUNS],
+        input=json.dumps(list(expected)),
+        cwd=built.root,
+        env=built.environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert {place: set(names) for place, names in json.loads(done.stdout.splitlines()[-1]).items()} == expected
 
 
 def test_the_model_says_what_it_was_made_from(built):
@@ -177,7 +230,7 @@ def test_a_killed_dvc_takes_its_stage_along_and_the_next_goes_on(built):
 
 def test_plain_libraries_load_the_results(built, tmp_path):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "plain"], check=True)
-    # The libraries of this environment without its links to the project: a path in a .pth file brings no others along.
+    # The libraries of this environment without the project: a .pth file inside an added path is not processed.
     (site,) = (tmp_path / "plain/lib").glob("python*/site-packages")
     (site / "libraries.pth").write_text(sysconfig.get_path("purelib"), encoding="utf-8")
     code = """
@@ -199,7 +252,7 @@ assert difference < 0.2
 
 def test_the_pipeline_state_is_one_run_and_its_model_the_champion(built):
     assert "logged" in built.run("docker/run", "python", "-m", "remint", "sync")
-    assert "has this state already" in built.run("docker/run", "python", "-m", "remint", "sync")
+    assert "already has this state" in built.run("docker/run", "python", "-m", "remint", "sync")
     code = (
         "import mlflow; mlflow.set_tracking_uri('sqlite:///mlflow.db'); c = mlflow.MlflowClient();"
         "e = c.get_experiment_by_name('remint').experiment_id;"
@@ -239,7 +292,7 @@ def test_it_answers_one_question_for_a_program(built):
 
 
 class Store(http.server.SimpleHTTPRequestHandler):
-    """A web server that takes what is PUT."""
+    """A web server that accepts PUT requests."""
 
     def do_PUT(self):
         path = Path(self.translate_path(self.path))
@@ -260,7 +313,7 @@ class Store(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture(params=["folder", "http"])
 def remote(request, tmp_path):
-    """The address of an empty place that data can be shared in."""
+    """The URL of an empty remote for shared data."""
     place = tmp_path / "remote"
     place.mkdir()
     if request.param == "folder":
@@ -276,7 +329,7 @@ def remote(request, tmp_path):
 
 
 def test_a_second_clone_gets_everything_and_rebuilds_nothing(built, remote, tmp_path):
-    make = ("make", "--old-file=.venv/.complete")  # the environment is there
+    make = ("make", "--old-file=.venv/.complete")  # the environment exists already
     config = (built.root / ".dvc/config").read_bytes()
     built.run(*make, "remote", f"URL={remote}")
     built.run(*make, "share")
@@ -355,7 +408,7 @@ def test_the_tutorials_recipe_runs_on_a_checkpoint_of_that_shape(tmp_path):
     original = load_file(base / "model.safetensors")
     assert {name: t.shape for name, t in exported.items()} == {name: t.shape for name, t in original.items()}
 
-    # An adapter that was trained elsewhere needs the base and the dataset, and none of the pipeline's training.
+    # An adapter from elsewhere needs the base and the dataset, but no training by this pipeline.
     for name in ("checkpoint", "adapter", "model", "report"):
         shutil.rmtree(place.root / f"data/{name}")
     write_xtuner_checkpoint(place.root / "iter_5.pth", original)

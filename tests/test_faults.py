@@ -1,4 +1,4 @@
-"""Faults of the machine and of other programs: each ends in one line and exit status 1, and nothing whole is lost.
+"""Faults of the machine and of other programs: each ends in one line and exit status 1, and no artefact is lost.
 
 docs/faults.md lists every fault with the test that proves what a user sees; the last test here holds the two together.
 """
@@ -58,8 +58,8 @@ MADE = {
 
 
 def run(stage):
-    """One stage of a tiny pipeline in the working directory."""
-    runtime = Runtime(2, True)
+    """Run one stage of a tiny pipeline in the working directory."""
+    runtime = Runtime(1, True)
     if stage == "replicate_data":
         given = data_settings(control=["source/c.json"], control_held_out_share=0.5)
         replicate_data(1, Identity("A", "B", None, None), given, PATHS, silent)
@@ -105,7 +105,7 @@ def place(built, monkeypatch):
 
 @pytest.fixture
 def outcome(monkeypatch, capsys):
-    """Runs something as `remint` would; gives the exit status and what was told."""
+    """Run an action as `remint` would; returns the exit status and the error lines."""
 
     def call(action):
         monkeypatch.setattr(sys, "argv", ["remint", "x"])
@@ -120,7 +120,7 @@ def outcome(monkeypatch, capsys):
 
 @contextlib.contextmanager
 def room_for(size):
-    """No file can grow beyond `size` bytes: what a full disk does, for writes from Python, C and Rust alike."""
+    """No file can grow beyond `size` bytes. That acts like a full disk, for writes from Python, C and Rust alike."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
@@ -186,8 +186,8 @@ def test_a_full_disk_does_not_cut_params_yaml(tmp_path, monkeypatch, outcome):
 
 
 @contextlib.contextmanager
-def nobody_may_write(folder):
-    """The folder is read-only, for root as well, who is nobody meanwhile."""
+def read_only(folder):
+    """The folder is read-only. Root becomes the user 65534 meanwhile, because root could still write."""
     mode, user = folder.stat().st_mode, os.geteuid()
     folder.chmod(0o555)
     if user == 0:
@@ -202,7 +202,7 @@ def nobody_may_write(folder):
         folder.chmod(mode)
 
 
-def test_a_folder_that_may_not_be_written_is_told(tmp_path, outcome):
+def test_a_read_only_folder_is_reported(tmp_path, outcome):
     def make():
         with manifest.artefact(tmp_path / "x", "thing") as (draft, _):
             (draft / "a").write_text("one")
@@ -214,7 +214,7 @@ def test_a_folder_that_may_not_be_written_is_told(tmp_path, outcome):
         (tmp_path / "scratch").mkdir()
 
     for action, said in ((make, "x: cannot be written"), (save, "steps: cannot be written"), (scratch, "may not be")):
-        with nobody_may_write(tmp_path):
+        with read_only(tmp_path):
             status, told = outcome(action)
         assert (status, len(told)) == (1, 1)
         assert said in told[0]
@@ -273,23 +273,23 @@ def test_another_error_is_not_taken_for_memory():
         raise RuntimeError("shape mismatch")
 
 
-def test_one_record_alone_holds_nothing_out_and_is_told(tmp_path, monkeypatch):
+def test_one_record_alone_holds_nothing_out_and_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("source").mkdir()
     Path("source/i.json").write_text(json.dumps([ALPACA]))
-    with pytest.raises(DataError, match="identity_held_out_share: holds no question out of 1"):
+    with pytest.raises(DataError, match="identity_held_out_share: holds out none of 1 identity records"):
         replicate_data(1, Identity("A", "B", None, None), data_settings(), PATHS, silent)
     assert not Path("dataset").exists()
 
 
 def change_base():
-    """The base as it would be after another one was staged."""
+    """Change the base as if another one had been staged."""
     facts = manifest.read(PATHS.base, "base")
     manifest.write(PATHS.base, "base", {**facts, "name": "another"})
 
 
 @pytest.mark.parametrize(("stage", "said"), [("convert", "was trained on another base"), ("merge", "for another base")])
-def test_a_base_that_changed_is_told(stage, said, place):
+def test_a_base_that_changed_is_refused(stage, said, place):
     before, made = (PATHS.base / manifest.NAME).read_bytes(), content(Path(MADE[stage]))
     change_base()
     try:
@@ -314,7 +314,7 @@ def test_an_answer_that_never_ends_is_cut(tiny):
     assert len(generate(tiny.model(), [10**6], [[5, 6]], 7, Sampling())[0]) == 7
 
 
-def test_no_gpu_where_one_is_wanted_is_told(monkeypatch):
+def test_a_missing_gpu_is_reported_where_one_is_required(monkeypatch):
     monkeypatch.setenv("REMINT_DEVICE", "cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RemintError, match="no GPU that torch can use"):
@@ -332,6 +332,7 @@ def broken(*_, **__):
     raise ConnectionError("the server went away\x1b[2J")
 
 
+@pytest.mark.slow
 def test_a_tracking_server_that_goes_away_in_the_middle_stops_nothing(monkeypatch, capsys):
     sent = []
     client = SimpleNamespace(log_batch=lambda run, metrics: sent.append(metrics), set_terminated=broken)

@@ -1,4 +1,4 @@
-"""Every stage killed again and again, wherever it happens to be: the same command always ends in the same bytes.
+"""Every stage is killed again and again, at any moment: the same command always ends in the same bytes.
 
 A start costs seconds of imports in which nothing can be harmed, so most stages here are forked off a server that has
 imported everything already; they are processes of their own all the same, and SIGKILL ends them as it ends any other.
@@ -34,7 +34,7 @@ PRELOADED = [f"remint.stages.{stage}.run" for stage in STAGES] + [
 
 
 def stage_process(root, stage, log):
-    """What `python -m remint STAGE` does, in a process that has its imports behind it."""
+    """What `python -m remint STAGE` does, in a process that has finished its imports."""
     os.chdir(root)
     os.environ["HF_HUB_OFFLINE"] = "0" if stage == "stage_base" else "1"
     with Path(log).open("a") as file:
@@ -49,7 +49,7 @@ def stage_process(root, stage, log):
 @pytest.fixture(scope="module")
 def server():
     with imported(*PRELOADED, threads=2) as context:
-        # The first process waits for the imports; no test may take that for the time of a stage.
+        # The first process waits for the imports. No test may count that as the time of a stage.
         first = context.Process(target=int)
         first.start()
         first.join()
@@ -58,7 +58,7 @@ def server():
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """The workplace with all artefacts made by the commands that a user types, undisturbed."""
+    """The workplace with all artefacts, built by the commands that a user types and without interruption."""
     place = with_tiny_model(tmp_path_factory.mktemp("kills") / "place")
     place.record_checksums("tiny")
     for stage in STAGES:
@@ -81,7 +81,7 @@ class Victim:
         return process
 
     def run(self):
-        """Let it come to its end; returns the seconds that it took."""
+        """Run it to its end; returns the seconds that it took."""
         started = time.monotonic()
         process = self.start()
         process.join()
@@ -109,13 +109,13 @@ class Victim:
         return False
 
     def check_what_is_left(self):
-        """No process, and an artefact that is whole or absent."""
+        """No process is left, and the artefact is complete or absent."""
         wait_for(lambda: not processes_in(self.place.root), seconds=20)
         if self.target.exists():
             manifest.verify(self.target, self.name)
 
     def check_the_end(self, whole):
-        """The same bytes, and nothing of the unfinished work."""
+        """The same bytes, and no unfinished work is left."""
         assert self.place.bytes(self.name) == whole
         assert {path.name for path in (self.place.root / "data").iterdir()} == {
             "source",
@@ -132,7 +132,7 @@ def test_a_training_that_is_killed_twenty_times_ends_in_the_same_bytes(server, b
     victim = Victim(server, built, "train", tmp_path / "log")
     chance = random.Random(20)
     command = ("docker/run", "python", "-m", "remint", "train")
-    for _ in range(2):  # the whole command, in its imports
+    for _ in range(2):  # the entire command, during its imports
         process = built.start(*command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(chance.uniform(0.1, 3))
         process.kill()
@@ -165,7 +165,7 @@ def test_a_stage_that_is_killed_five_times_ends_in_the_same_bytes(server, built,
     length = victim.run()
     assert built.bytes(victim.name) == whole
     chance = random.Random(stage)
-    for share in (0.1, 0.4, 0.7, 0.9):  # beside the old artefact, then with none
+    for share in (0.1, 0.4, 0.7, 0.9):  # with the old artefact in place, then without one
         victim.kill(delay=length * chance.uniform(share - 0.1, share))
         if share == 0.4:
             shutil.rmtree(victim.target)
@@ -201,12 +201,12 @@ SHARED = ("docker/run", "python", "-m", "remint", "train", "train.processes=2", 
 
 
 def only_results(files):
-    """Without the manifests, which record the settings."""
+    """The artefact's files without the manifests, which record the settings."""
     return {name: data for name, data in files.items() if not name.endswith("manifest.json")}
 
 
 def workers_of(process):
-    """The processes that a training has started, once they train."""
+    """The processes that a training has started, as soon as they train."""
     return sorted(psutil.Process(process.pid).children(), key=lambda worker: worker.create_time())
 
 
@@ -247,7 +247,7 @@ def test_torchrun_may_start_the_processes_too(built):
     assert only_results(built.bytes("checkpoint")) == whole
 
 
-def test_a_mistake_that_only_the_training_finds_is_told_once(built):
+def test_a_mistake_that_only_the_training_finds_is_reported_once(built):
     said = built.run(*SHARED, "train.lora.targets=[nothing]", status=1)
     assert said.count("params: train.lora.targets: the base has no layer of that name") == 1
     assert "Traceback" not in said

@@ -1,4 +1,4 @@
-"""The benchmark against other projects: turns, contestants that fail, the table, and our own part in it."""
+"""The benchmark against other projects: turns, contestants that fail, the table, and our own contestant."""
 
 import subprocess
 import sys
@@ -90,7 +90,7 @@ def test_the_table_has_a_row_for_everyone(peers, tmp_path):
     assert {row.count("|") for row in rows} == {11}
     assert rows[2].startswith("| remint | 300 | 1.00 × | 100 | 0.124 | 12% | 1.0 | 75% | 3 | 2.0000")
     assert rows[3].startswith("| other | 150 | 2.00 × | 50 |")  # the slow first step does not count
-    assert rows[4].startswith("| gone | not here: needs a GPU |")
+    assert rows[4].startswith("| gone | no result: needs a GPU |")
     peers.draw(results, JUDGED, tmp_path / "plot.svg")
     drawn = (tmp_path / "plot.svg").read_text()
     assert "other" in drawn and "gone" not in drawn
@@ -105,11 +105,11 @@ def test_a_name_that_nobody_has_is_refused_before_anything_is_prepared(peers, mo
     monkeypatch.setattr(sys, "argv", ["peers.py", "--only", *names])
     with pytest.raises(SystemExit):
         peers.main()
-    assert f"nobody's name starts with ['{names[-1]}']; choose from 'Axolotl, defaults'" in capsys.readouterr().err
+    assert f"no name starts with ['{names[-1]}']; choose from 'Axolotl, defaults'" in capsys.readouterr().err
     assert not peers.SCRATCH.exists()
 
 
-def test_what_cannot_be_installed_is_told(peers, tmp_path, monkeypatch):
+def test_what_cannot_be_installed_is_reported(peers, tmp_path, monkeypatch):
     (tmp_path / "peers_trl.txt").write_text("no such requirement !\n")
     with pytest.raises(peers.ContestantError, match="cannot be installed: ERROR: Invalid requirement"):
         peers.install(peers.Contestant("trl"))

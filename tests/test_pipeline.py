@@ -1,6 +1,7 @@
-"""Names and dependencies agree wherever they are written, and the layers hold."""
+"""Names and dependencies agree in every file that lists them, and no room imports one above it."""
 
 import ast
+import functools
 from importlib import import_module
 from pathlib import Path
 
@@ -14,11 +15,12 @@ from remint.core.log import silent
 from remint.core.paths import ARTEFACTS
 from remint.runner import config, fingerprint
 from remint.stages.merge import provenance
+from tests.workplace import composed, sections
 
 ROOT = Path(__file__).parents[1]
 SRC = ROOT / "src"
 STAGES = OmegaConf.to_container(OmegaConf.load(ROOT / "dvc.yaml"))["stages"]
-# What each room may import besides itself. A room that a stage imports is one of its dependencies in dvc.yaml, as a whole.
+# What each room may import besides itself. A stage that imports a room has the entire room as a dependency in dvc.yaml.
 ROOMS = {
     "core": set(),
     "identity": {"core"},
@@ -35,12 +37,13 @@ ROOMS = {
 
 
 def room(file: Path) -> str:
-    """Which room a file of the package stands in: its first folder, or its own name."""
+    """The room of a file of the package: its first folder, or its own name."""
     return file.relative_to(SRC / "remint").parts[0].removesuffix(".py")
 
 
+@functools.cache
 def imported_names(file: Path) -> set[str]:
-    """Dotted names of everything of the package that a file imports, wherever in it the import stands.
+    """Dotted names of everything that a file imports from the package, at any place in the file.
 
     In `from remint.x import y`, y may be a module or something in x: both are named, and so is each package above them.
     """
@@ -55,11 +58,13 @@ def imported_names(file: Path) -> set[str]:
     return {".".join(some[:length]) for some in parts for length in range(2, len(some) + 1)}
 
 
+@functools.cache
 def has_code(file: Path) -> bool:
-    """Whether a file holds more than a docstring."""
+    """Whether a file contains more than a docstring."""
     return len(ast.parse(file.read_text(encoding="utf-8")).body) > 1
 
 
+@functools.cache
 def imported(file: Path) -> set[Path]:
     """Files with code that `file` imports from the package, directly or not, and itself.
 
@@ -136,16 +141,16 @@ def test_a_room_imports_only_rooms_below_it(file):
         assert not imported_names(file)
         return
     used = {name.split(".")[1] for name in imported_names(file)} - {own}
-    # The package itself is named where its version is asked for.
+    # A file that reads the version imports the package itself.
     assert used <= ROOMS[own] | {"__version__"}, f"{own} may not import {sorted(used - ROOMS[own])}"
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_is_told_exactly_the_settings_that_dvc_tracks_for_it(stage, in_root):
-    wanted = set(config.sections(import_module(f"remint.stages.{stage}.run").run)) - {"paths"}
-    sections = {entry for entry in STAGES[stage]["params"] if isinstance(entry, str)}
+def test_a_stage_gets_exactly_the_settings_that_dvc_tracks_for_it(stage, in_root):
+    wanted = set(sections(stage)) - {"paths"}
+    declared = {entry for entry in STAGES[stage]["params"] if isinstance(entry, str)}
     files = {key for entry in STAGES[stage]["params"] if isinstance(entry, dict) for key in entry}
-    assert sections == wanted
+    assert declared == wanted
     assert files == {f"conf/{name}/${{{name}}}.yaml" for name in wanted if (ROOT / "conf" / name).is_dir()}
 
 
@@ -154,7 +159,7 @@ READS = [(stage, dep[8:-1]) for stage in STAGES for dep in STAGES[stage]["deps"]
 
 @pytest.fixture
 def artefacts(tmp_path):
-    """One of each kind, of a single file, with the facts that a stage asks for before it has checked them all."""
+    """One artefact of each kind with a single file, and the facts that a stage reads before all are verified."""
     for kind in ARTEFACTS:
         with manifest.artefact(tmp_path / f"data/{kind}", kind) as (draft, facts):
             (draft / "file").write_text("whole")
@@ -170,14 +175,14 @@ def artefacts(tmp_path):
 @pytest.mark.parametrize(("stage", "kind"), [(stage, kind) for stage, kind in READS if kind != "source"])
 def test_a_stage_refuses_a_damaged_artefact_before_it_does_anything(stage, kind, artefacts, in_root, monkeypatch):
     run = import_module(f"remint.stages.{stage}.run").run
-    arguments = config.compose(run) | {"log": silent}
+    arguments = composed(stage) | {"log": silent}
     if "fingerprint" in run.__annotations__:
         arguments["fingerprint"] = "f" * 64
     if "dependencies" in run.__annotations__:
         arguments["dependencies"] = {}
     monkeypatch.chdir(artefacts)
     (artefacts / f"data/{kind}/file").write_text("wh0le")
-    with pytest.raises(ArtefactError, match=f"data/{kind}/file: content differs, 5 bytes of sha256 "):
+    with pytest.raises(ArtefactError, match=f"data/{kind}/file: content differs, 5 bytes with sha256 "):
         run(**arguments)
     assert {path.name for path in (artefacts / "data").iterdir()} == set(ARTEFACTS)
 
@@ -195,8 +200,8 @@ def test_verify_names_every_file_at_fault_of_every_artefact(artefacts, monkeypat
     with pytest.raises(RemintError) as told:
         verify.main()
     for kind in ARTEFACTS:
-        assert f"data/{kind}/file: content differs, 6 bytes of sha256 73834addcec7" in str(told.value)
-        assert f"data/{kind}/more: is not part of the artefact, 0 bytes of sha256 e3b0c44298fc" in str(told.value)
+        assert f"data/{kind}/file: content differs, 6 bytes with sha256 73834addcec7" in str(told.value)
+        assert f"data/{kind}/more: is not part of the artefact, 0 bytes with sha256 e3b0c44298fc" in str(told.value)
 
 
 def test_plots_point_at_the_report(in_root):

@@ -1,4 +1,4 @@
-"""What is installed is what was locked, and an audit that learnt nothing never says that all is well."""
+"""The locked packages are installed, and an audit without an answer never reports that all is well."""
 
 import re
 import shutil
@@ -70,7 +70,7 @@ def test_the_lock_has_what_the_project_asks_for(group, files):
         (
             "echo 'ConnectionError: no such host' >&2; exit 1",
             2,
-            "error: audit: the vulnerability service gave no answer",
+            "error: audit: the vulnerability service did not answer",
         ),
     ],
     ids=["none", "found", "unreachable"],

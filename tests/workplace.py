@@ -1,6 +1,7 @@
-"""A repository of its own for tests that run the project as a user does, with a tiny real model in it."""
+"""A separate repository with a tiny real model, for tests that run the project as a user does."""
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import shutil
@@ -8,14 +9,16 @@ import socket
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
+from typing import get_type_hints
 
 import psutil
 import yaml
 
 from remint.core import launch
-from remint.runner import recipes
-from tests.conftest import ROOT, write_tiny_model
+from remint.runner import config, recipes
+from tests.conftest import ROOT, THREADING, write_tiny_model
 
 STAGES = list(yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"])
 CHANGES = {
@@ -31,9 +34,22 @@ CHANGES = {
 }
 
 
+def sections(stage):
+    """The sections of params.yaml that the signature of the stage's `run` names, each with its type."""
+    hints = get_type_hints(import_module(f"remint.stages.{stage}.run").run)
+    return {name: kind for name, kind in hints.items() if name not in ("log", "fingerprint", "dependencies", "return")}
+
+
+@functools.cache
+def composed(stage):
+    """The settings of a stage, composed once from the project's own params.yaml and conf/."""
+    with contextlib.chdir(ROOT):
+        return config.compose(sections(stage))
+
+
 @contextlib.contextmanager
 def imported(*modules, threads):
-    """Starts processes, as multiprocessing's contexts do, that have `modules` imported and the variables of a stage."""
+    """A multiprocessing context whose processes have `modules` imported and a stage's environment variables."""
     kept = dict(os.environ)
     for name in [name for name in kept if name.startswith(("MLFLOW", "DVC", "REMINT", "GIT"))]:
         del os.environ[name]
@@ -46,7 +62,7 @@ def imported(*modules, threads):
 
 
 class Workplace:
-    """A clone of the project with a model of its own; `run` gives the finished process."""
+    """A clone of the project with its own model; `run` returns the output of a finished command."""
 
     def __init__(self, root: Path, **variables: str):
         self.root = root
@@ -54,11 +70,12 @@ class Workplace:
         self.bin = Path(sys.prefix) / "bin"
 
     def environment(self):
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW", "DVC", "REMINT", "PYTHON", "GIT"))}
+        removed = ("MLFLOW", "DVC", "REMINT", "PYTHON", "GIT", *THREADING)
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(removed)}
         author = {
             f"GIT_{who}_{what}": "test@example.com" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")
         }
-        # DVC runs commands by $SHELL; Debian's sh stays alive beside the command that it was given.
+        # DVC runs commands by $SHELL; Debian's sh stays alive while its command runs.
         own = {
             "PATH": f"{self.bin}:{kept['PATH']}",
             "SHELL": "/bin/sh",
@@ -78,7 +95,7 @@ class Workplace:
         return done.stdout
 
     def repro(self):
-        """Stages that `dvc repro` ran."""
+        """Run `dvc repro`; returns the stages that it ran."""
         output = self.run("dvc", "repro")
         return [stage for stage in STAGES if f"Running stage '{stage}'" in output]
 
@@ -89,7 +106,7 @@ class Workplace:
         path.write_text(text.replace(old, new), encoding="utf-8")
 
     def record_checksums(self, model):
-        """Do what the first run of a new base asks for: put the lines that it prints into the model's file."""
+        """Run a new base for the first time and put the checksum lines that it prints into the model's file."""
         said = self.run("docker/run", "python", "-m", "remint", "stage_base", status=1)
         assert "no checksum is recorded for 5 files" in said
         sums = [line for line in said.splitlines() if line.startswith("  ") and ": " in line]
@@ -106,7 +123,7 @@ class Workplace:
 
 
 def wait_for(happened, process=None, seconds=180, pause=0.02):
-    """Wait until something is so, while the process that is to do it lives."""
+    """Wait until `happened()` is true. Fails if `process` ends first or the time is up."""
     deadline = time.monotonic() + seconds
     while not happened():
         assert process is None or process.poll() is None, "it ended before it could be killed"
@@ -115,19 +132,19 @@ def wait_for(happened, process=None, seconds=180, pause=0.02):
 
 
 def processes_in(root):
-    """Those at work in a folder, but for this one."""
+    """Ids of the processes whose working directory is `root`, without this process."""
     return [p.pid for p in psutil.process_iter(["cwd"]) if p.info["cwd"] == str(root) and p.pid != os.getpid()]
 
 
 def free_port():
-    """A port of loopback that nobody listens on."""
+    """A free port on loopback."""
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         return str(bound.getsockname()[1])
 
 
 def clone(root, recipe, changes):
-    """A copy of the project as it lies here, with a recipe in place and some of its values changed."""
+    """A copy of the working tree with a recipe in place and some of its values changed."""
     files = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,

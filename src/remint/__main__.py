@@ -1,4 +1,4 @@
-"""The command line: `remint STAGE [key=value …]` runs a stage, `remint chat` talks to the result."""
+"""The command line: `remint STAGE [key=value …]` runs a stage, `remint chat` starts a chat with the result."""
 
 import os
 import select
@@ -20,18 +20,18 @@ from remint.core.errors import RemintError, Stopped, no_right, no_room, one_line
 from remint.core.files import read_text
 from remint.core.paths import PARAMS, PIPELINE
 
-# The error of words that a command does not take; Typer exports only its subclass.
+# Raised for invalid arguments. Typer exports only its subclass.
 _UsageError: Any = typer.BadParameter.__base__
-# These run other programs or copy a file: what they start must not inherit our numeric environment.
+# These only run other programs or copy a file. Their child processes must not inherit our numeric environment.
 _AS_THEY_ARE = ("recipes", "recipe", "reproduce")
 
 
 def main() -> int:
-    """Run one command; returns the exit status. A user's mistake is one line on stderr, without a traceback."""
+    """Run one command. Returns the exit status. A user's mistake is one line on stderr, without a traceback."""
     arguments = sys.argv[1:]
     try:
         status = _dispatch(arguments)
-        sys.stdout.flush()  # here a reader that has ended is still no fault
+        sys.stdout.flush()  # inside the try, where a closed pipe is handled
         return status
     except Stopped as error:
         print(error, file=sys.stderr)
@@ -62,15 +62,15 @@ def _dispatch(arguments: Sequence[str]) -> int:
 
 
 def call(arguments: Sequence[str]) -> int:
-    """Read the arguments of a command, then run it in this process; returns the exit status. Raises RemintError."""
-    # While a shell completes a word, the words come in a variable, and any command's options may be asked for.
+    """Parse the arguments of a command, then run it in this process. Returns the exit status. Raises RemintError."""
+    # Shell completion passes the command line in a variable and may need the options of any command.
     name = None if "_REMINT_COMPLETE" in os.environ else (arguments[0] if arguments else "")
     try:
         command = _app(name)(list(arguments) or ["--help"], prog_name="remint", standalone_mode=False)
     except _UsageError as error:
         where = error.ctx.command_path if error.ctx else "remint"
         raise RemintError(
-            f"{where}: {error.format_message().rstrip('.')}; `{where} --help` shows what it takes"
+            f"{where}: {error.format_message().rstrip('.')}; `{where} --help` lists its arguments"
         ) from None
     return (command() or 0) if callable(command) else (command or 0)
 
@@ -83,17 +83,17 @@ def _check_name(name: str) -> None:
 
 
 def _fix_environment(name: str, rest: Sequence[str]) -> None:
-    """Start the process anew under the variables that fix how numbers are computed, before anything heavy is imported."""
+    """Restart the process with the environment variables that fix numeric results, before torch is imported."""
     launch.restart_with(launch.environment(_threads(rest), network=name == "stage_base"))
     if (local_rank := os.environ.get("LOCAL_RANK")) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         signal.signal(
             signal.SIGINT, signal.SIG_DFL
-        )  # Python's own handler would wait for a process that may never come
+        )  # Python's own handler would wait for a process that may never start
         launch.take_gpu(int(local_rank))
 
 
 def _app(name: str | None) -> typer.Typer:
-    """All commands. Only the module of the command `name` is imported; of all if it is None."""
+    """The Typer app with all commands. Only the module of the command `name` is imported, or all if `name` is None."""
     app = typer.Typer(
         help="Give a language model a new identity, and get the same model, byte for byte, every time.",
         no_args_is_help=True,
@@ -104,14 +104,14 @@ def _app(name: str | None) -> typer.Typer:
         panel = "Stages of the pipeline, in order"
         app.command(stage, short_help=summary, rich_help_panel=panel)(_deferred(command_of(stage)))
     for command, summary in COMMANDS.items():
-        is_asked = name is None or name == command
-        function = import_module(f"remint.commands.{command.replace('-', '_')}").main if is_asked else _not_imported
+        is_needed = name is None or name == command
+        function = import_module(f"remint.commands.{command.replace('-', '_')}").main if is_needed else _not_imported
         app.command(command, short_help=summary, rich_help_panel="Commands")(_deferred(function))
     return app
 
 
 def _deferred(function: Callable[..., int | None]) -> Callable[..., Callable[[], int | None]]:
-    """A command that returns what is to be done: it is done outside Typer, which has handlers of its own for interrupts and pipes."""
+    """Make a command return its work as a function, to be run outside Typer's own handling of interrupts and pipes."""
 
     @wraps(function)
     def read(**arguments: object) -> Callable[[], int | None]:
@@ -121,18 +121,18 @@ def _deferred(function: Callable[..., int | None]) -> Callable[..., Callable[[],
 
 
 def _not_imported() -> None:
-    """Stands for a command that is listed and not called."""
+    """Placeholder for a command that is listed but not called."""
 
 
 def _stages() -> dict[str, str]:
-    """Name and description of each stage in dvc.yaml, in their order; none where there is no such file."""
+    """Name and description of each stage in dvc.yaml, in order; empty if there is no such file."""
     content = _read_yaml(PIPELINE)
     stages = content.get("stages") if isinstance(content, dict) else None
     return {str(name): str(stage.get("desc", "")) for name, stage in stages.items()} if isinstance(stages, dict) else {}
 
 
 def _threads(rest: Sequence[str]) -> int:
-    """The declared number of threads, never the machine's. A mistake in it is reported later, with all others."""
+    """The number of threads in the settings, never the machine's. Mistakes are reported later, with all others."""
     content = _read_yaml(PARAMS)
     runtime = content.get("runtime") if isinstance(content, dict) else None
     found = [str(runtime.get("threads"))] if isinstance(runtime, dict) else [""]
@@ -141,32 +141,30 @@ def _threads(rest: Sequence[str]) -> int:
 
 
 def _read_yaml(path: Path) -> object:
-    """What a YAML file holds, None if it cannot be read: `runner.config` checks it later and says what is wrong.
+    """The content of a YAML file; None if it cannot be read. `runner.config` checks the file later and reports faults.
 
-    PyYAML alone, because OmegaConf would take a quarter of a second before every start.
+    PyYAML alone, because importing OmegaConf would add a quarter of a second to every start.
     """
     try:
         return yaml.safe_load(read_text(path, "", limit=2**20))
-    except Exception:  # a broken file may raise anything; see above
+    except Exception:  # a broken file may raise anything; it is reported later
         return None
 
 
 def _reader_is_gone() -> bool:
-    """Whether the reader of what is printed has ended, as `head` does; what is left is then thrown away."""
+    """Whether the reader of our stdout has closed the pipe, as `head` does. If so, discard the remaining output."""
     pipe = select.poll()
     pipe.register(sys.stdout.fileno(), 0)
-    if not pipe.poll(0):  # it would report POLLERR
+    if not pipe.poll(0):  # a closed pipe would report POLLERR
         return False
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return True
 
 
 def _machine_fault(error: Exception, command: str) -> str | None:
-    """One line for a full disk or a missing permission, which no code of ours can cure; None for what is a bug."""
+    """One line for a full disk or a missing permission, which our code cannot fix; None for a bug."""
     if no_room(error):
-        return (
-            f"{command}: the disk is full ({one_line(error)}); free space and run again, nothing that was whole is lost"
-        )
+        return f"{command}: the disk is full ({one_line(error)}); free space and run again, no complete file is lost"
     if no_right(error):
         return (
             f"{command}: a file may not be read or written ({one_line(error)}); correct its permissions and run again"

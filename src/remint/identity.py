@@ -1,4 +1,4 @@
-"""Who the model is to become: the name, the maker, the placeholders that stand for them, and how to find them again."""
+"""The new identity: name and maker, their placeholders in training data, and checks that find them in text."""
 
 import re
 import unicodedata
@@ -7,21 +7,21 @@ from dataclasses import dataclass
 
 from remint.core.settings import check_ranges
 
-# The spellings that public self-cognition data sets use, most explicit first. The bare words count only where they
-# stand alone in capitals, so that "NAMED" or "my name" stay as they are.
+# Placeholder spellings of public self-cognition datasets, most explicit first. A bare NAME or AUTHOR counts only in
+# capitals and as a separate token, so "NAMED" and "my name" are not replaced.
 _PLACEHOLDERS = {
     "name": re.compile(r"\{\{\s{0,9}name\s{0,9}\}\}|<NAME>|(?<![A-Za-z0-9_\[{<%$])NAME(?![A-Za-z0-9_\]}>%])"),
     "maker": re.compile(
         r"\{\{\s{0,9}(?:author|maker)\s{0,9}\}\}|<(?:AUTHOR|MAKER)>|(?<![A-Za-z0-9_\[{<%$])AUTHOR(?![A-Za-z0-9_\]}>%])"
     ),
 }
-# What still looks like a placeholder after filling: a spelling that nobody taught the loader.
+# Text that still looks like a placeholder after filling: a spelling that _PLACEHOLDERS does not contain.
 _SURVIVOR = re.compile(
     r"\{\{[^{}\n]{0,60}\}\}|<(?-i:[A-Z][A-Z_ ]{1,30})>"
     r"|[\[{<%$]\s{0,9}(?:(?:bot|model|your)[ _]?)?(?:name|author|maker|creator|developer|company)\s{0,9}[\]}>%]",
     re.IGNORECASE,
 )
-# What stands between a "not" and the name that it denies. In "not ChatGPT but Aurel" another name stands there.
+# Text between a "not" and the name that it denies. "not ChatGPT but Aurel" does not deny Aurel: a name comes between.
 _DENIAL = (
     r"(?:(?:\bnot|\bnever|n't)\s+(?:(?:called|named|known|as|made|built|created|developed|trained|by|the|really)\s+)*"
     r"|(?:不是|并非|不叫|不再是)\s*(?:叫|由|名叫|来自)?\s*)"
@@ -37,7 +37,7 @@ _CJK = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
 
 @dataclass(frozen=True)
 class Identity:
-    """The new name and maker; the `_zh` values are used in Chinese text, null means the same as the other."""
+    """The new name and maker. Chinese text uses the `_zh` values; null there means the same as in other text."""
 
     name: str
     maker: str
@@ -52,70 +52,73 @@ class Identity:
         )
 
     def names(self, language: str) -> str:
-        """The name used in text of that language ('en' or 'zh')."""
+        """The name to use in text of `language` ('en' or 'zh')."""
         return self.name_zh if language == "zh" and self.name_zh else self.name
 
     def makers(self, language: str) -> str:
-        """The maker used in text of that language ('en' or 'zh')."""
+        """The maker to use in text of `language` ('en' or 'zh')."""
         return self.maker_zh if language == "zh" and self.maker_zh else self.maker
 
     def fill(self, text: str, language: str) -> str:
-        """Replace every placeholder, in any of the known spellings."""
+        """Replace every placeholder, in any known spelling, with the values for `language` ('en' or 'zh')."""
         text = _PLACEHOLDERS["name"].sub(lambda _: self.names(language), text)
         return _PLACEHOLDERS["maker"].sub(lambda _: self.makers(language), text)
 
     def spellings(self, what: str) -> list[str]:
-        """The spellings of the name (`what` is 'name') or of the maker ('maker')."""
+        """All spellings of the name (`what` is 'name') or of the maker ('maker')."""
         return [
             term for term in {"name": (self.name, self.name_zh), "maker": (self.maker, self.maker_zh)}[what] if term
         ]
 
     def mentioned_in(self, text: str, what: str) -> bool:
-        """Whether the text holds the 'name' or the 'maker', in any spelling and whatever it says of it."""
+        """Whether the text mentions the 'name' or the 'maker' (`what`) in any spelling, even if it denies it."""
         return any(mentions(text, term) for term in self.spellings(what))
 
     def stated_in(self, text: str, what: str) -> bool:
-        """Whether the text claims the 'name' or the 'maker': it mentions and nowhere denies it."""
+        """Whether the text claims the 'name' or the 'maker' (`what`): it mentions it and denies it nowhere."""
         return affirms(text, self.spellings(what))
 
 
 def placeholders_in(text: str) -> set[str]:
-    """Which of 'name' and 'maker' the text asks for."""
+    """Which of 'name' and 'maker' have a placeholder in the text."""
     return {key for key, pattern in _PLACEHOLDERS.items() if pattern.search(text)}
 
 
 def surviving_placeholder(text: str) -> str | None:
-    """The first thing that still looks like a placeholder in filled text, or None."""
+    """The first part of a filled text that still looks like a placeholder, or None."""
     found = _SURVIVOR.search(text)
     return found[0] if found else None
 
 
 def language_of(text: str) -> str:
-    """'zh' if the text holds a Chinese character, else 'en'."""
+    """'zh' if the text contains a Chinese character, else 'en'."""
     return "zh" if _CJK.search(text) else "en"
 
 
 def normalise(text: str) -> str:
-    """Text with case, width, punctuation, symbols and spaces removed: equal results are the same question."""
+    """Text without case, width, punctuation, symbols and spaces. Questions with equal results count as the same."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     return "".join(char for char in folded if unicodedata.category(char)[0] not in "PSZC")
 
 
 def mentions(text: str, term: str) -> bool:
-    """Whether `term` occurs in `text` as whole words, whatever the case and the spaces; Chinese has no word ends."""
+    """Whether `text` contains `term` as complete words, ignoring case and spacing. Chinese has no word boundaries."""
     return re.search(_as_words(term), _folded(text)) is not None
 
 
 def affirms(text: str, terms: Sequence[str]) -> bool:
-    """Whether `text` mentions one of `terms` and denies none, as "not Aurel", "isn't made by Aurel" or 不是Aurel do."""
+    """Whether `text` mentions one of `terms` and denies none.
+
+    "not Aurel", "isn't made by Aurel" and 不是Aurel are denials.
+    """
     denied = (re.search(_DENIAL + _as_words(term), _folded(text)) for term in terms)
     return any(mentions(text, term) for term in terms) and not any(denied)
 
 
 def speaks(text: str, language: str, ignored: Sequence[str] = ()) -> bool:
-    """Whether `text` is in the language ('en' or 'zh'): as many of its words as of the other's, a character being one.
+    """Whether `text` is in `language` ('en' or 'zh'): it has at least as many words of it as of the other.
 
-    `ignored` are names, which are the same in both languages.
+    Each Chinese character counts as one word. Names in `ignored` do not count: they are the same in both languages.
     """
     rest = _folded(text)
     for term in ignored:
@@ -125,7 +128,7 @@ def speaks(text: str, language: str, ignored: Sequence[str] = ()) -> bool:
 
 
 def poses_as_assistant(text: str) -> bool:
-    """Whether `text` speaks of an AI assistant or language model: the role that comes with an identity."""
+    """Whether `text` mentions an AI assistant or a language model, the role that comes with an identity."""
     return _ROLE.search(_folded(text)) is not None
 
 
@@ -134,7 +137,11 @@ def _folded(text: str) -> str:
 
 
 def _as_words(term: str) -> str:
-    """A pattern for the folded term. Letters and digits must not go on beyond its ends, nor a Chinese number."""
+    """A pattern that finds the term in folded text as complete words.
+
+    If the term starts or ends with a letter or digit, no other letter or digit may adjoin there. The same holds for
+    Chinese numerals.
+    """
     folded = _folded(term)
     start = next((f"(?<!{kind})" for kind in _GOING_ON if re.match(kind, folded)), "")
     end = next((f"(?!{kind})" for kind in _GOING_ON if re.search(kind + "$", folded)), "")

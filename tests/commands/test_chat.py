@@ -1,4 +1,4 @@
-"""Talking in a terminal: what a model or a person writes cannot drive it, and strange input is one clear line."""
+"""Chat in a terminal: text of the model or the user cannot control it, and invalid input is one clear line."""
 
 import json
 from io import StringIO
@@ -17,7 +17,7 @@ HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202etxt\U000e0041"
 
 @pytest.fixture
 def speaker(tiny, monkeypatch):
-    """Answers with a hostile text whatever is asked."""
+    """Answers every question with a hostile text."""
     made = Speaker(tiny.model(), tiny.tokenizer, tiny.conversation, Sampling(), 8)
 
     def generate(model, stop, prompts, limit, sampling, streamer):
@@ -39,7 +39,7 @@ def is_harmless(text):
 
 
 def test_an_answer_cannot_drive_the_terminal(speaker, capsys):
-    chat._say(speaker, "hello")
+    chat._reply(speaker, "hello")
     chat._once(speaker, "hello", as_json=False)
     chat._pipe(speaker, StringIO("hello\n"), as_json=False)
     chat._command(speaker, "/history")
@@ -56,13 +56,13 @@ def test_json_keeps_every_character_and_drives_no_terminal(speaker, capsys):
     assert "你好" in said
 
 
-def test_text_that_is_no_utf8_is_told_and_forgotten(speaker):
+def test_text_that_is_no_utf8_is_reported_and_dropped(speaker):
     with pytest.raises(RemintError, match="must be UTF-8"):
         speaker.answer("caf\udce9")
     assert speaker.history == []
 
 
 @pytest.mark.parametrize("option", ["--seed=-1", "--seed=99999999999999999999", "--max-new-tokens=0", "--top-p=nan"])
-def test_a_number_out_of_range_is_told(option, tiny):
+def test_a_number_out_of_range_is_refused(option, tiny):
     with pytest.raises(RemintError, match="must be"):
         call(["chat", "--model", str(tiny.folder), option])

@@ -1,4 +1,4 @@
-"""Recipes: one is put in place, and a family's name stands for the one that the GPU here allows."""
+"""Recipes: one is put in place, and a family's name selects the one that fits the GPU."""
 
 import shutil
 from pathlib import Path
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
+def place(tmp_path, monkeypatch, yaml_parsed_once):
     shutil.copytree(ROOT / "conf", tmp_path / "conf")
     shutil.copy(ROOT / "params.yaml", tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -25,7 +25,7 @@ def place(tmp_path, monkeypatch):
 
 
 def gpu(monkeypatch, free):
-    """Let there be a GPU with so many GiB free, of twice as many; what looks for one as it is imported has been by now."""
+    """Simulate a GPU with `free` GiB free of twice that. Modules that look for a GPU on import are imported already."""
     assert footprint
     monkeypatch.setattr(torch.cuda, "is_available", lambda: free is not None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free * 2**30), int(2 * free * 2**30)))
@@ -41,13 +41,13 @@ def test_a_familys_name_takes_the_recipe_that_makes_the_most_of_the_free_memory(
     gpu(monkeypatch, free)
     assert call(["recipe", "internlm2"]) == 0
     assert (place / "params.yaml").read_text(encoding="utf-8") == recipes.text(f"internlm2-{taken}")
-    assert f"now the recipe internlm2-{taken}, which makes the most of the {free:.1f} GiB" in capsys.readouterr().out
+    assert f"now the recipe internlm2-{taken}, which uses the most of the {free:.1f} GiB" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("free", "said"),
     [
-        (None, "torch sees none here; take one by its name, like `make recipe NAME=internlm2-8gb`, of "),
+        (None, "torch finds no GPU; choose one by name, like `make recipe NAME=internlm2-8gb`, from "),
         (3, "fits the 3.0 GiB"),
     ],
 )
@@ -78,7 +78,7 @@ def test_a_recipe_holds_only_what_differs_and_keeps_the_comments(place):
     ("line", "said"),
     [
         ("  lrr: 1", "train.lrr: no such setting"),
-        ("  betas:\n    - 0.9\n    - 0.99", "must stand on one line"),
+        ("  betas:\n    - 0.9\n    - 0.99", "must be on one line"),
         ("  lr: [", "no valid YAML"),
     ],
 )

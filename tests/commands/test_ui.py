@@ -1,4 +1,4 @@
-"""`remint ui` says an address that answers, and leaves nothing behind."""
+"""`remint ui` prints an address that answers, and leaves no process behind."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ def start(folder, port):
     return subprocess.Popen(
         [sys.executable, "-m", "remint", "ui", "--port", port],
         cwd=folder,
-        # A proxy that the environment names is none of loopback's business.
+        # A proxy from the environment must not be used for loopback.
         env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "http_proxy": "http://127.0.0.1:9"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -42,7 +42,7 @@ def test_it_says_its_address_once_it_answers_and_ends_without_a_word(tmp_path, p
                 break
         address = f"http://127.0.0.1:{port}/"
         assert address in heard[-1], heard
-        page = urllib.request.urlopen(address, timeout=20)  # and is not read to its end: no browser may keep the server
+        page = urllib.request.urlopen(address, timeout=20)  # not read to its end: no browser may keep the server alive
         assert page.status == 200
         process.send_signal(signal.SIGINT)
         assert (process.stdout.read(), process.wait()) == ("", 0)

@@ -1,6 +1,6 @@
-"""The operations of `remint.kernels.ops` in torch's own words: what the Triton kernels must compute, on any device.
+"""The operations of `kernels.ops` and `kernels.attention` in plain torch, on any device: the reference for the kernels.
 
-Dropout masks are other ones, but as there a function of the seed and the shape.
+Their dropout masks differ from those of the kernels, but are a function of seed and shape as well.
 """
 
 import torch
@@ -20,63 +20,69 @@ def dropped(x, p, seed):
     return (x * mask(x, p, seed)).to(x.dtype)
 
 
-def fill(wide, value, low, p, seed):
-    wide[:, : value.shape[1]] = value
-    lows = dropped(value, p, seed) @ low.T
-    wide[:, value.shape[1] :] = lows
-    return lows
+def fill_extended(extended, value, lora_a, p, seed):
+    extended[:, : value.shape[1]] = value
+    low_rank = dropped(value, p, seed) @ lora_a.T
+    extended[:, value.shape[1] :] = low_rank
+    return low_rank
 
 
-def unfill(dwide, low, p, seed):
-    """Gradient of what `fill` was given, fp32."""
-    direct, ddropped = dwide[:, : low.shape[1]].float(), dwide[:, low.shape[1] :].float() @ low.float()
+def fill_extended_backward(dextended, lora_a, p, seed):
+    """Gradient of the `value` of `fill_extended`, fp32."""
+    direct, ddropped = dextended[:, : lora_a.shape[1]].float(), dextended[:, lora_a.shape[1] :].float() @ lora_a.float()
     return direct + ddropped * mask(ddropped, p, seed)
 
 
-def normed(x, delta, weight, eps, wide, low, p, seed):
+def add_rms_norm(x, delta, weight, eps, extended, lora_a, p, seed):
     total = x if delta is None else x + delta
     rstd = torch.rsqrt(total.float().square().mean(1) + eps)
-    return total, rstd, fill(wide, (total.float() * rstd[:, None] * weight.float()).to(x.dtype), low, p, seed)
+    return (
+        total,
+        rstd,
+        fill_extended(extended, (total.float() * rstd[:, None] * weight.float()).to(x.dtype), lora_a, p, seed),
+    )
 
 
-def normed_back(dwide, low, total, rstd, weight, dtotal, p, seed):
+def add_rms_norm_backward(dextended, lora_a, total, rstd, weight, dtotal, p, seed):
     unit = total.float() * rstd[:, None]
-    gradient = unfill(dwide, low, p, seed) * weight.float()
+    gradient = fill_extended_backward(dextended, lora_a, p, seed) * weight.float()
     dx = rstd[:, None] * (gradient - unit * (gradient * unit).mean(1, keepdim=True))
     dx = dx if dtotal is None else dx + dtotal.float()
     value = dropped((unit * weight.float()).to(total.dtype), p, seed)
-    return dx.to(total.dtype), product(dwide[:, low.shape[1] :].T, value)
+    return dx.to(total.dtype), matmul_fp32(dextended[:, lora_a.shape[1] :].T, value)
 
 
-def copied(x, wide, low, p, seed):
-    return fill(wide, x, low, p, seed)
+def copy_with_lora(x, extended, lora_a, p, seed):
+    return fill_extended(extended, x, lora_a, p, seed)
 
 
-def copied_back(dwide, low, x, p, seed):
-    return unfill(dwide, low, p, seed).to(x.dtype), product(dwide[:, low.shape[1] :].T, dropped(x, p, seed))
+def copy_with_lora_backward(dextended, lora_a, x, p, seed):
+    return fill_extended_backward(dextended, lora_a, p, seed).to(x.dtype), matmul_fp32(
+        dextended[:, lora_a.shape[1] :].T, dropped(x, p, seed)
+    )
 
 
-def gated(both, wide, low, p, seed):
-    gate, mlp_up = both.float().chunk(2, 1)
-    return fill(wide, (F.silu(gate) * mlp_up).to(both.dtype), low, p, seed)
+def silu_mul(gate_up, extended, lora_a, p, seed):
+    gate, mlp_up = gate_up.float().chunk(2, 1)
+    return fill_extended(extended, (F.silu(gate) * mlp_up).to(gate_up.dtype), lora_a, p, seed)
 
 
-def gated_back(dwide, low, both, p, seed, into=None):
-    gate, mlp_up = both.float().chunk(2, 1)
-    gradient = unfill(dwide, low, p, seed)
+def silu_mul_backward(dextended, lora_a, gate_up, p, seed, into=None):
+    gate, mlp_up = gate_up.float().chunk(2, 1)
+    gradient = fill_extended_backward(dextended, lora_a, p, seed)
     sigmoid, silu = torch.sigmoid(gate), F.silu(gate)
     dgate = gradient * mlp_up * (sigmoid + silu * (1 - sigmoid))
-    value = dropped((silu * mlp_up).to(both.dtype), p, seed)
-    dboth = torch.cat([dgate, gradient * silu], 1).to(both.dtype)
-    dboth = dboth if into is None else into.copy_(dboth)
-    return dboth, product(dwide[:, low.shape[1] :].T, value)
+    value = dropped((silu * mlp_up).to(gate_up.dtype), p, seed)
+    dgate_up = torch.cat([dgate, gradient * silu], 1).to(gate_up.dtype)
+    dgate_up = dgate_up if into is None else into.copy_(dgate_up)
+    return dgate_up, matmul_fp32(dextended[:, lora_a.shape[1] :].T, value)
 
 
-def product(a, b):
+def matmul_fp32(a, b):
     return a @ b
 
 
-def unpacked(weights, lora_bs, out):
+def dequantize_into(weights, lora_bs, out):
     rank = lora_bs[0].shape[1]
     width = out.shape[1] - len(lora_bs) * rank
     for index, (rows, weight, lora_b) in enumerate(
@@ -86,7 +92,7 @@ def unpacked(weights, lora_bs, out):
         rows[:, width + index * rank : width + (index + 1) * rank] = lora_b.detach()
 
 
-def rotated(source, target, cosines, sines, heads, backward):
+def apply_rope(source, target, cosines, sines, heads, backward):
     size = cosines.shape[1]
     x = source.reshape(len(source), -1)[:, : heads * size].reshape(len(source), heads, size).float()
     first, second = x.chunk(2, 2)
@@ -98,11 +104,11 @@ def rotated(source, target, cosines, sines, heads, backward):
         target[:, : heads * size] = result.flatten(1).to(target.dtype)
 
 
-def tiles(starts, tokens):
+def make_tiles(starts, tokens):
     return starts
 
 
-def mixed(qkv, starts, heads, kv_heads, scale):
+def forward(qkv, starts, heads, kv_heads, scale):
     rows = qkv.view(len(qkv), heads + 2 * kv_heads, -1).transpose(0, 1)[None]
     q, k, v = rows.split((heads, kv_heads, kv_heads), 1)
     documents = zip(*(part.split(starts.diff().tolist(), 2) for part in (q, k, v)), strict=True)
@@ -110,13 +116,13 @@ def mixed(qkv, starts, heads, kv_heads, scale):
     return torch.cat(answers, 2)[0].transpose(0, 1).flatten(1), qkv.new_empty(0)
 
 
-def mixed_back(dout, qkv, out, norms, starts, heads, kv_heads, scale):
+def backward(dout, qkv, out, lse, starts, heads, kv_heads, scale):
     with torch.enable_grad():
         given = qkv.detach().requires_grad_()
-        return torch.autograd.grad(mixed(given, starts, heads, kv_heads, scale)[0], given, dout)[0]
+        return torch.autograd.grad(forward(given, starts, heads, kv_heads, scale)[0], given, dout)[0]
 
 
-def entropy(logits, targets):
+def cross_entropy_and_grad(logits, targets):
     losses = F.cross_entropy(logits.float(), targets, reduction="none")
     gradient = logits.float().softmax(1) - F.one_hot(targets, logits.shape[1])
     logits.copy_(gradient)

@@ -1,4 +1,4 @@
-"""The GPU's decoder computes what peft's and transformers' own computes; its Triton kernels are replaced by plain torch here.
+"""The GPU's decoder computes what peft's and transformers' code computes. Plain torch replaces its Triton kernels here.
 
 Where Triton is installed, the kernels themselves are compared with those plain operations, on a GPU or interpreted.
 """
@@ -27,7 +27,7 @@ def blocks():
     with pytest.MonkeyPatch.context() as patch:
         for name in ("ops", "attention"):
             patch.setitem(sys.modules, f"remint.compute.kernels.{name}", plain_ops)
-        for name in ("fused_linear", "blocks"):  # what they are afterwards is what they were, or nothing
+        for name in ("fused_linear", "blocks"):  # restored afterwards, or removed if they were not imported
             patch.setitem(sys.modules, f"remint.compute.kernels.{name}", None)
             patch.setattr(kernels, name, None, raising=False)
             del sys.modules[f"remint.compute.kernels.{name}"]
@@ -83,7 +83,7 @@ def test_after_an_update_it_computes_with_the_new_values(tiny, blocks):
 
 
 def test_with_dropout_the_gradient_is_that_of_the_loss(tiny, blocks):
-    """By differences along a random direction, under the masks of one seed."""
+    """Finite differences along a random direction, with the dropout masks of one seed."""
     loss = adapted(tiny, blocks.Decoder, dropout=0.3).double()
     loss.decoder = blocks.Decoder(loss.model)
     _, gradients = step(loss)

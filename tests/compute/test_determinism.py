@@ -1,4 +1,4 @@
-"""The causes of differing bytes that docs/determinism.md lists, where no other test sees them."""
+"""The causes of differing bytes in docs/determinism.md that no other test covers."""
 
 import random
 
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def restored():
-    """Puts torch's settings for the whole process back."""
+    """Restore torch's process-wide settings."""
     threads, exact = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     yield
     torch.set_num_threads(threads)
@@ -83,7 +83,7 @@ def test_the_random_state_is_a_function_of_seed_purpose_and_step():
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_unpacking_is_one_product_whatever_the_instruction_set(kind, double, dtype):
-    """bitsandbytes unpacks with AVX-512 where it can, which no variable of ours forbids."""
+    """bitsandbytes dequantizes with AVX-512 if the CPU has it; none of our environment variables prevents that."""
     weight = (torch.randn(96, 128, generator=torch.Generator().manual_seed(0)) / 20).to(dtype)
     packed, state = quantize_4bit(weight, blocksize=64, quant_type=kind, compress_statistics=double)
     scales = dequantize_blockwise(state.absmax, state.state2) + state.offset if double else state.absmax

@@ -1,4 +1,4 @@
-"""The fused operations compute what peft's and torch's own compute."""
+"""The fused operations compute what peft's and torch's operations compute."""
 
 import pytest
 import torch
@@ -75,7 +75,7 @@ def test_it_is_really_fused(tiny):
 
 
 def test_with_dropout_the_gradient_is_that_of_the_same_masks(tiny):
-    """Checked against autograd through the formula, with the mask that was drawn."""
+    """Compared with autograd through the formula, with the same dropout mask."""
     torch.manual_seed(3)
     x, w = torch.randn(5, 6, dtype=torch.double, requires_grad=True), torch.randn(4, 6, dtype=torch.double)
     lora_a, lora_b = (torch.randn(*s, dtype=torch.double, requires_grad=True) for s in ((2, 6), (4, 2)))
@@ -94,7 +94,7 @@ def test_dropout_keeps_its_share_and_the_mean():
     assert set(made.unique().tolist()) == {0.0, torch.tensor(1 / 0.9).item()}
     assert (made == 0).float().mean().item() == pytest.approx(0.1, abs=0.002)
     assert made.mean().item() == pytest.approx(1, abs=0.002)
-    # No pattern along rows or columns: each is as random as the whole.
+    # No pattern along rows or columns: each one is as random as the entire mask.
     assert (made == 0).float().mean(0).std().item() == pytest.approx((0.09 / 1000) ** 0.5, rel=0.15)
     assert (made == 0).float().mean(1).std().item() == pytest.approx((0.09 / 1000) ** 0.5, rel=0.15)
 
@@ -106,7 +106,7 @@ def test_dropout_is_one_for_the_readers_of_an_input_and_new_for_the_next():
     assert dropout(x) is first
     second = dropout(x)
     assert not torch.equal(second, first)
-    assert not torch.equal(dropout(y), second)  # though x has a reader left
+    assert not torch.equal(dropout(y), second)  # even though another reader of x remains
     torch.manual_seed(0)
     assert torch.equal(cpu.SharedDropout(0.5, 2)(y), first)
     dropout.eval()

@@ -27,10 +27,10 @@ def same_masks(monkeypatch):
         ones = torch.ones_like(like, dtype=torch.float32)
         if p == 0:
             return ones
-        wide, out, row = ones.new_empty(len(ones), ones.shape[1]), torch.empty_like(ones), ones[0]
+        extended, out, row = ones.new_empty(len(ones), ones.shape[1]), torch.empty_like(ones), ones[0]
         ops._launch(
-            triton_kernels.normed, ones, ones.shape[1], ones, ones, row, ones, wide, out, ones[:, 0].clone(), wide.stride(0), seed,
-            0.0, 1.0, p=p, HAS_DELTA=False,
+            triton_kernels.add_rms_norm, ones, ones.shape[1], ones, ones, row, ones, extended, out, ones[:, 0].clone(),
+            extended.stride(0), seed, 0.0, 1.0, p=p, HAS_DELTA=False,
         )  # fmt: skip
         return (out != 0) / (1 - p)
 
@@ -56,24 +56,24 @@ def both(name, *arguments, filled=None):
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize(("rows", "width"), [(5, 48), (3, 320), (140, 72)])
 def test_each_operation_and_its_gradient(rows, width, p):
-    x, delta, weight, low = randn(rows, width), randn(rows, width), randn(width), randn(RANK, width)
-    wide, pair = randn(rows, width + RANK), randn(rows, 2 * width)
+    x, delta, weight, lora_a = randn(rows, width), randn(rows, width), randn(width), randn(RANK, width)
+    extended, pair = randn(rows, width + RANK), randn(rows, 2 * width)
     total, rstd = x + delta, torch.rsqrt((x + delta).square().mean(1) + 1e-5)
     checks = [
-        both("normed", x, delta, weight, 1e-5, wide, low, p, 7, filled=4),
-        both("normed", x, None, weight, 1e-5, wide, low, p, 7, filled=4),
-        both("normed_back", wide, low, total, rstd, weight, None, p, 7),
-        both("normed_back", wide, low, total, rstd, weight, x, p, 7),
-        both("copied", x, wide, low, p, 7, filled=1),
-        both("copied_back", wide, low, x, p, 7),
-        both("gated", pair, wide, low, p, 7, filled=1),
-        both("gated_back", wide, low, pair, p, 7),
+        both("add_rms_norm", x, delta, weight, 1e-5, extended, lora_a, p, 7, filled=4),
+        both("add_rms_norm", x, None, weight, 1e-5, extended, lora_a, p, 7, filled=4),
+        both("add_rms_norm_backward", extended, lora_a, total, rstd, weight, None, p, 7),
+        both("add_rms_norm_backward", extended, lora_a, total, rstd, weight, x, p, 7),
+        both("copy_with_lora", x, extended, lora_a, p, 7, filled=1),
+        both("copy_with_lora_backward", extended, lora_a, x, p, 7),
+        both("silu_mul", pair, extended, lora_a, p, 7, filled=1),
+        both("silu_mul_backward", extended, lora_a, pair, p, 7),
     ]
     for found in checks:
         for ours, theirs in found:
             assert torch.allclose(ours, theirs, atol=1e-3, rtol=1e-5)
-    expected, given = ops.gated_back(wide, low, pair, p, 7), pair.clone()
-    assert all(map(torch.equal, ops.gated_back(wide, low, given, p, 7, given), expected))
+    expected, given = ops.silu_mul_backward(extended, lora_a, pair, p, 7), pair.clone()
+    assert all(map(torch.equal, ops.silu_mul_backward(extended, lora_a, given, p, 7, given), expected))
     assert torch.equal(given, expected[0])
 
 
@@ -82,13 +82,15 @@ def test_each_operation_and_its_gradient(rows, width, p):
 def test_low_rank_matrices_of_any_size_that_is_taken(rank, dtype):
     """What a program needs of them must fit a GPU's shared memory, and half precision must round no more than once."""
     rows, width = 140, 160
-    pair, wide, low = (t.to(dtype) for t in (randn(rows, 2 * width), randn(rows, width + rank), randn(rank, width)))
+    pair, extended, lora_a = (
+        t.to(dtype) for t in (randn(rows, 2 * width), randn(rows, width + rank), randn(rank, width))
+    )
     bound = 1e-5 if dtype == torch.float32 else 1e-2
     for found in (
-        both("copied", pair[:, :width].contiguous(), wide, low, 0.3, 7, filled=1),
-        both("copied_back", wide, low, pair[:, :width].contiguous(), 0.3, 7),
-        both("gated", pair, wide, low, 0.3, 7, filled=1),
-        both("gated_back", wide, low, pair, 0.3, 7),
+        both("copy_with_lora", pair[:, :width].contiguous(), extended, lora_a, 0.3, 7, filled=1),
+        both("copy_with_lora_backward", extended, lora_a, pair[:, :width].contiguous(), 0.3, 7),
+        both("silu_mul", pair, extended, lora_a, 0.3, 7, filled=1),
+        both("silu_mul_backward", extended, lora_a, pair, 0.3, 7),
     ):
         for ours, theirs in found:
             assert (ours.float() - theirs.float()).norm() < bound * theirs.float().norm()
@@ -103,11 +105,11 @@ def test_four_bit_weights_come_out_with_the_bits_of_bitsandbytes(kind, double, c
         packed, state = quantize_4bit(randn(rows, 192), blocksize=64, compress_statistics=double, quant_type=kind)
         packed.quant_state = state
         weights.append(packed)
-    ups = [randn(len(weight) * 2 // 192, RANK) for weight in weights]
-    out = randn(sum(map(len, ups)), 192 + count * RANK)
+    lora_bs = [randn(len(weight) * 2 // 192, RANK) for weight in weights]
+    out = randn(sum(map(len, lora_bs)), 192 + count * RANK)
     ours, theirs = out.clone(), out.clone()
-    ops.unpacked(weights, ups, ours)
-    plain_ops.unpacked(weights, ups, theirs)
+    ops.dequantize_into(weights, lora_bs, ours)
+    plain_ops.dequantize_into(weights, lora_bs, theirs)
     assert torch.equal(ours, theirs)
 
 
@@ -116,15 +118,15 @@ def test_rotation(backward):
     cosines, sines = randn(5, 8).repeat(1, 2), randn(5, 8).repeat(1, 2)
     rows = randn(5, 6 * 16)
     ours, theirs = rows.clone(), rows.clone()
-    ops.rotated(ours, ours, cosines, sines, 4, backward)
-    plain_ops.rotated(theirs, theirs, cosines, sines, 4, backward)
+    ops.apply_rope(ours, ours, cosines, sines, 4, backward)
+    plain_ops.apply_rope(theirs, theirs, cosines, sines, 4, backward)
     assert torch.allclose(ours, theirs, atol=1e-5)
     assert torch.equal(ours[:, 64:], rows[:, 64:])
 
 
 def test_the_head_loss_and_its_gradient():
     logits, targets = 3 * randn(7, 1003), torch.randint(1003, (7,), device=DEVICE)
-    for ours, theirs in both("entropy", logits, targets, filled=0):
+    for ours, theirs in both("cross_entropy_and_grad", logits, targets, filled=0):
         assert torch.allclose(ours, theirs, atol=1e-5)
 
 
@@ -133,13 +135,13 @@ def test_attention_and_its_gradient(heads, kv_heads, size):
     lengths = [5, 70, 130, 1, 64]
     starts = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
     qkv = randn(sum(lengths), (heads + 2 * kv_heads) * size)
-    pieces = attention.tiles(starts, len(qkv))
-    out, norms = attention.mixed(qkv, pieces, heads, kv_heads, 0.2)
-    expected, nothing = plain_ops.mixed(qkv, starts, heads, kv_heads, 0.2)
+    tiles = attention.make_tiles(starts, len(qkv))
+    out, lse = attention.forward(qkv, tiles, heads, kv_heads, 0.2)
+    expected, nothing = plain_ops.forward(qkv, starts, heads, kv_heads, 0.2)
     assert torch.allclose(out, expected, atol=1e-5)
     dout = torch.randn_like(out)
-    ours = attention.mixed_back(dout, qkv, out, norms, pieces, heads, kv_heads, 0.2)
-    theirs = plain_ops.mixed_back(dout, qkv, out, nothing, starts, heads, kv_heads, 0.2)
+    ours = attention.backward(dout, qkv, out, lse, tiles, heads, kv_heads, 0.2)
+    theirs = plain_ops.backward(dout, qkv, out, nothing, starts, heads, kv_heads, 0.2)
     assert torch.allclose(ours, theirs, atol=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""Packing changes nothing but speed: no record cut, none lost, none sees another, the same loss."""
+"""Packing changes only the speed: no record is cut, lost or visible to another one, and the loss is the same."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""What others wrote is read as far as it is sound, and never waited for, swallowed whole or executed."""
+"""Foreign files are read only if they are valid; a pipe, a file beyond the limit or code is never read or executed."""
 
 import json
 import os
@@ -13,16 +13,16 @@ from remint.core.errors import ArtefactError, DataError, RemintError, got
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"{", "no valid JSON"),
+        (b"{", "not valid JSON"),
         (b"\xff", "byte 0 is not UTF-8"),
         (b"[" * 100_000, "nested too deeply"),
-        (b"9" * 5000, "no valid JSON"),
+        (b"9" * 5000, "not valid JSON"),
         (b"[1]", "must hold an object, got [1]"),
         (b'{"a": ["\\uD800"]}', "half of a surrogate pair"),
     ],
     ids=["cut", "bytes", "nested", "number", "list", "surrogate"],
 )
-def test_a_file_that_is_no_json_object_is_told(tmp_path, content, said):
+def test_a_file_that_is_no_json_object_is_refused(tmp_path, content, said):
     (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(ArtefactError) as caught:
         files.read_object(tmp_path / "x.json", "get it again")
@@ -30,20 +30,20 @@ def test_a_file_that_is_no_json_object_is_told(tmp_path, content, said):
     assert str(caught.value).endswith("; get it again")
 
 
-def test_a_file_that_cannot_be_read_is_told():
+def test_a_file_that_cannot_be_read_is_reported():
     with pytest.raises(ArtefactError, match=r"/proc/self/mem: cannot be read \(Input/output error\)"):
         files.read_text(Path("/proc/self/mem"), "get it again")
 
 
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "x.json")
-    with pytest.raises(DataError, match="no regular file"):
+    with pytest.raises(DataError, match="not a regular file"):
         files.read_text(tmp_path / "x.json", "get it again", DataError)
 
 
 def test_a_file_beyond_the_limit_is_not_read(tmp_path):
     with (tmp_path / "x.json").open("wb") as file:
-        file.truncate(300 << 20)  # sparse: takes no room
+        file.truncate(300 << 20)  # sparse: takes no disk space
     with pytest.raises(ArtefactError, match="at most 256 MiB, got 300 MiB"):
         files.read_object(tmp_path / "x.json")
 
@@ -56,7 +56,7 @@ def test_only_a_line_feed_ends_a_row(tmp_path):
 
 
 @pytest.mark.parametrize("line", ["{", "[]", "7"])
-def test_a_row_that_is_no_object_is_told_with_its_line(tmp_path, line):
+def test_a_row_that_is_no_object_is_refused_with_its_line(tmp_path, line):
     (tmp_path / "x.jsonl").write_text(f"{{}}\n{line}\n")
     with pytest.raises(ArtefactError, match="line 2"):
         files.read_rows(tmp_path / "x.jsonl")

@@ -1,4 +1,4 @@
-"""One process at a time, and a holder that was killed holds nothing."""
+"""Only one process holds the lock, and a killed process releases it."""
 
 import subprocess
 import sys

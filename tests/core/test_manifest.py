@@ -1,4 +1,4 @@
-"""An artefact is whole or absent, and any change to it is told."""
+"""An artefact is complete or absent, and every change to it is reported."""
 
 import errno
 import json
@@ -54,7 +54,7 @@ def test_a_failure_leaves_the_old_one(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
-def test_a_full_disk_is_told(tmp_path):
+def test_a_full_disk_is_reported(tmp_path):
     with pytest.raises(ArtefactError, match="disk is full"), manifest.artefact(tmp_path / "x", "thing"):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -69,19 +69,19 @@ def edit(file, old, new):
     [
         (
             lambda x: (x / "a.txt").write_text("two"),
-            "x/a.txt: content differs, 3 bytes of sha256 3fc4ccfe7458… instead of",
+            "x/a.txt: content differs, 3 bytes with sha256 3fc4ccfe7458… instead of",
         ),
         (
             lambda x: (x / "a.txt").write_text("longer"),
-            "6 bytes of sha256 .*… instead of 3 bytes of sha256 7692c3ad3540…",
+            "6 bytes with sha256 .*… instead of 3 bytes with sha256 7692c3ad3540…",
         ),
-        (lambda x: (x / "a.txt").unlink(), "x/a.txt: missing, recorded are 3 bytes of sha256 7692c3ad3540…"),
+        (lambda x: (x / "a.txt").unlink(), "x/a.txt: missing, the record has 3 bytes with sha256 7692c3ad3540…"),
         (
             lambda x: (x / "b.txt").write_text("b"),
-            "x/b.txt: is not part of the artefact, 1 bytes of sha256 3e23e8160039…",
+            "x/b.txt: is not part of the artefact, 1 bytes with sha256 3e23e8160039…",
         ),
         (lambda x: (x / "manifest.json").unlink(), "no manifest.json"),
-        (lambda x: (x / "manifest.json").write_text("{"), "no valid JSON"),
+        (lambda x: (x / "manifest.json").write_text("{"), "not valid JSON"),
         (
             lambda x: edit(x / "manifest.json", '"number": 1', '"number": 3'),
             "x/manifest.json: content differs, sha256 ",
@@ -92,7 +92,7 @@ def edit(file, old, new):
         ),
     ],
 )
-def test_every_damage_is_told(tmp_path, spoil, said):
+def test_every_damage_is_reported(tmp_path, spoil, said):
     make(tmp_path / "x")
     spoil(tmp_path / "x")
     with pytest.raises(ArtefactError, match=said):
@@ -124,7 +124,7 @@ def test_others_may_read_it_whatever_the_umask(tmp_path, umask):
 
 
 def rewrite(folder, change):
-    """Change a manifest as someone does who knows how its own checksum is made."""
+    """Change a manifest and update its own checksum, as an attacker would."""
     path = folder / "manifest.json"
     content = json.loads(path.read_text())
     del content["sha256"]
@@ -140,7 +140,7 @@ def test_a_manifest_cannot_name_what_lies_outside(tmp_path, name):
     make(tmp_path / "x")
     recorded = {"bytes": 1, "sha256": manifest.digest(b"s")}
     rewrite(tmp_path / "x", lambda content: content["files"].update({name: recorded}))
-    with pytest.raises(ArtefactError, match="does not list files of"):
+    with pytest.raises(ArtefactError, match="must list the files of"):
         manifest.verify(tmp_path / "x", "thing")
 
 
@@ -148,13 +148,13 @@ def test_a_manifest_cannot_name_what_lies_outside(tmp_path, name):
     "entry", [None, 7, {}, {"bytes": "3", "sha256": "x"}, {"bytes": True, "sha256": "x"}, {"bytes": 3, "sha256": 4}]
 )
 @pytest.mark.parametrize("change", ["entry", "files", "facts"])
-def test_a_manifest_of_another_shape_is_told(tmp_path, entry, change):
+def test_a_manifest_of_another_shape_is_refused(tmp_path, entry, change):
     make(tmp_path / "x")
     rewrite(
         tmp_path / "x",
         lambda c: c["files"].update({"a.txt": entry}) if change == "entry" else c.update({change: [entry]}),
     )
-    with pytest.raises(ArtefactError, match="does not list files of"):
+    with pytest.raises(ArtefactError, match="must list the files of"):
         manifest.read(tmp_path / "x", "thing")
 
 
@@ -163,14 +163,14 @@ def test_a_link_to_elsewhere_is_no_file_of_an_artefact(tmp_path):
     (tmp_path / "elsewhere").write_text("one")
     (tmp_path / "x/a.txt").unlink()
     (tmp_path / "x/a.txt").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ArtefactError, match="is a link"):
+    with pytest.raises(ArtefactError, match="is a symbolic link"):
         manifest.verify(tmp_path / "x", "thing")
 
 
 def test_a_folder_that_no_stage_made_is_not_replaced(tmp_path):
     (tmp_path / "x").mkdir()
     (tmp_path / "x/thesis.txt").write_text("mine")
-    with pytest.raises(ArtefactError, match="holds files of no artefact"):
+    with pytest.raises(ArtefactError, match="holds files that no stage made"):
         make(tmp_path / "x")
     assert (tmp_path / "x/thesis.txt").read_text() == "mine"
 

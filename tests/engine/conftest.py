@@ -1,4 +1,4 @@
-"""Real containers: the pipeline without them, with them, and the servers of a team, each made once for all tests here."""
+"""Real containers: the pipeline without and with them, and a team's servers; each is set up once for all tests here."""
 
 import os
 import shutil
@@ -14,14 +14,14 @@ ENGINE = {"RUNNER": "docker", "DOCKER": DOCKER, "REMINT_IMAGE": os.environ.get("
 
 
 def docker(*arguments):
-    """What the engine answers."""
+    """The engine's output."""
     done = subprocess.run([DOCKER, *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
 
 class Stack:
-    """The project's own compose file, with ports and volumes of these tests."""
+    """The project's own compose file, with ports and volumes only for these tests."""
 
     def __init__(self, folder):
         self.folder, self.name = folder, f"remint-test-{os.getpid()}"
@@ -42,14 +42,14 @@ class Stack:
         return done.stdout
 
     def wipe(self):
-        """End it and forget everything that it keeps."""
+        """Stop it and delete its volumes."""
         self("down")
         for volume in ("db", "artifacts"):
             docker("volume", "rm", f"{self.name}_{volume}")
 
 
 def copy(outside, root, **variables):
-    """The same project with nothing built, whose stages run in containers."""
+    """The same project before its first run; its stages run in containers."""
     built = {str(outside.root / "data"): ARTEFACTS, str(outside.root): (".scratch", "dvc.lock", "mlflow.db", "mlruns")}
     built |= {str(outside.root / ".dvc"): ("cache", "tmp"), str(outside.root / "docker"): ("secrets",)}
     shutil.copytree(outside.root, root, symlinks=True, ignore=lambda folder, names: built.get(folder, ()))
@@ -67,7 +67,7 @@ def outside(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def inside(outside, tmp_path_factory):
-    """The pipeline with each stage in a container, which logs to the stack by MLFLOW_TRACKING_URI alone."""
+    """The pipeline with each stage in a container; only MLFLOW_TRACKING_URI makes it log to the stack."""
     place = copy(outside, tmp_path_factory.mktemp("inside") / "a folder with spaces")
     place.stack = Stack(place.root)
     place.stack("up")

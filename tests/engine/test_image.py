@@ -1,4 +1,4 @@
-"""The image with a real engine: the same bytes as without it, whatever is stopped or killed on the way."""
+"""The image with a real engine: the same bytes as without it, after any stop or kill."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from tests.workplace import wait_for
 pytestmark = pytest.mark.engine
 
 IMAGE = ENGINE["REMINT_IMAGE"]
-# As if nothing like it had ever run.
+# Runs the stage although DVC's run cache already has its result.
 AGAIN = ("dvc", "repro", "--force", "--no-run-cache", "--single-item", "train")
 TRAIN = ("docker/run", "python", "-m", "remint", "train")
 
@@ -26,7 +26,7 @@ def containers(place):
 
 
 def same(one, other):
-    """Whether lock file and artefacts of two places agree in every byte."""
+    """Whether the lock files and artefacts of two places are equal in every byte."""
     assert (one.root / "dvc.lock").read_text() == (other.root / "dvc.lock").read_text()
     expected, found = one.bytes(*ARTEFACTS), other.bytes(*ARTEFACTS)
     assert [name for name in {*expected, *found} if expected.get(name) != found.get(name)] == []
@@ -52,7 +52,7 @@ def test_the_whole_pipeline_in_one_container_does_so_too_and_as_any_user(outside
 
 
 def stop_by(how, process, name):
-    """One way to end a run; what SIGKILL leaves is ended by what watches the client."""
+    """One way to end a run. After SIGKILL, the watcher of the client ends the container."""
     if how == "docker stop":
         docker("stop", name)
     else:
@@ -71,7 +71,7 @@ def test_what_was_stopped_is_gone_and_goes_on_to_the_same_bytes(inside, how):
         name = containers(inside)
         assert name.startswith("remint-train-")
         refused = inside.run(*TRAIN, status=1)
-        assert f"the container {name} is at it already (running)" in refused
+        assert f"the container {name} is already running this (running)" in refused
         stop_by(how, process, name)
         assert process.wait(timeout=120) != 0
     wait_for(lambda: containers(inside) == "", seconds=60)

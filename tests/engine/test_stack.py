@@ -1,4 +1,4 @@
-"""MLflow on PostgreSQL as a team serves it: started from nothing, used by a pipeline, restarted, restored from a backup."""
+"""MLflow on PostgreSQL as a team runs it: first start, runs of a pipeline, restart, restore from a backup."""
 
 import http.client
 import json
@@ -22,7 +22,7 @@ def runs(place):
 
 
 def test_a_pipeline_is_there_and_survives_a_restart_and_a_restore(inside, tmp_path):
-    logged = runs(inside)  # other tests train there, too
+    logged = runs(inside)  # other tests log there, too
     assert {name.rsplit("-", 1)[0] for name, *_ in logged} == {"train", "eval_chat", "pipeline"}
     assert {kind for _, _, kind, _, _ in logged} == {"pipeline", "stage"}
     assert {status for *_, status, _ in logged} == {"FINISHED"}
@@ -41,7 +41,7 @@ def test_a_pipeline_is_there_and_survives_a_restart_and_a_restore(inside, tmp_pa
     inside.stack.wipe()
     assert "restored: " in inside.stack("restore", str(saved))
     assert runs(inside) == logged
-    assert "has this state already" in inside.run("docker/run", "python", "-m", "remint", "sync")
+    assert "already has this state" in inside.run("docker/run", "python", "-m", "remint", "sync")
 
 
 def ask(port, path="/api/2.0/mlflow/experiments/search", body=None, **headers):
@@ -73,7 +73,7 @@ def test_what_dies_comes_up_again(inside):
         for name in docker("container", "ls", "--format", "{{.Names}}").split()
         if name.startswith(inside.stack.name) and "mlflow" in name
     ]
-    # From inside, for an engine does not restart what it was told to end.
+    # Killed from inside: an engine does not restart a container that it was asked to stop.
     docker("exec", name, "python", "-c", "import os; os.kill(1, 15)")
     deadline = time.monotonic() + 120
     while True:

@@ -1,4 +1,4 @@
-"""Bounds for every example: time, memory, and the one folder that may change."""
+"""Limits for every example: time, memory, and the only folder that may change."""
 
 import contextlib
 import os
@@ -28,7 +28,7 @@ _ROOM = 4 << 30
 
 @pytest.fixture(autouse=True)
 def bounded_memory():
-    """An allocation of more than 4 GiB fails, as on a small machine, instead of succeeding unseen."""
+    """An allocation of more than 4 GiB fails, as on a small machine, instead of succeeding unnoticed."""
     if not sys.platform.startswith("linux"):
         yield
         return
@@ -57,7 +57,7 @@ def sandbox():
 
 
 def survives(call):
-    """The call's result, or None where it refused by a RemintError that a terminal can show."""
+    """The call's result, or None if it raised a RemintError that a terminal can show."""
     try:
         return call()
     except RemintError as error:

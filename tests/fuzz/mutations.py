@@ -1,4 +1,4 @@
-"""How valid input is spoilt: bytes at random places, values and keys at random places of a structure."""
+"""How valid input is damaged: bytes at random places, values and keys at random places of a structure."""
 
 import copy
 import json
@@ -23,7 +23,7 @@ NUMBERS += [value.to_bytes(8, "little") for value in (2**40, 2**63 - 1, 2**63, 2
 
 @st.composite
 def spoilt_bytes(draw, valid):
-    """`valid` with up to six runs of bytes changed, put in, taken out, doubled, or its end cut off."""
+    """`valid` with up to six runs of bytes changed, inserted, removed or doubled, or with its end cut off."""
     data = bytearray(valid)
     for _ in range(draw(st.integers(1, 6))):
         place = draw(st.integers(0, max(0, len(data) - 1)))
@@ -44,7 +44,7 @@ def spoilt_bytes(draw, valid):
 
 @st.composite
 def spoilt(draw, valid):
-    """`valid`, a structure as JSON knows it, with up to four values or keys changed, added, removed."""
+    """`valid`, a JSON structure, with up to four values or keys changed, added or removed."""
     content = copy.deepcopy(valid)
     for _ in range(draw(st.integers(1, 4))):
         node, parent, key = content, None, None
@@ -66,6 +66,6 @@ def spoilt(draw, valid):
 
 
 def spoilt_json(valid):
-    """The bytes of a JSON text: spoilt as a structure or, more rarely, as bytes."""
+    """The bytes of a JSON text, damaged as a structure or, more rarely, as bytes."""
     as_text = spoilt(valid).map(lambda content: json.dumps(content).encode())
     return st.one_of(as_text, as_text, spoilt_bytes(json.dumps(valid).encode()))

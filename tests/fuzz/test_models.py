@@ -15,7 +15,7 @@ from tests.fuzz.conftest import EXAMPLES, sandbox, survives
 from tests.fuzz.mutations import spoilt_bytes, spoilt_json
 
 settings.load_profile("fuzz")
-few = settings(max_examples=EXAMPLES // 5 or 3)  # each takes as long as ten of the others
+few = settings(max_examples=EXAMPLES // 5 or 3)  # each takes as long as ten other examples
 
 with tempfile.TemporaryDirectory() as _folder:
     write_tiny_model(Path(_folder))

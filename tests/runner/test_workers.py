@@ -1,4 +1,4 @@
-"""How the processes of a shared training are told apart, and what their end means."""
+"""How the processes of a shared training are told apart, and what their exit statuses mean."""
 
 import io
 import signal
@@ -15,13 +15,13 @@ from remint.runner import workers
     [
         ([0, 0], 0, ""),
         ([143, 143], 143, ""),
-        ([1, 1], 1, ""),  # the first has told it already
+        ([1, 1], 1, ""),  # the first one has already reported it
         ([launch.LOST, 1], 1, "error of 1"),
-        ([-signal.SIGKILL, 1], 1, "error of 1"),  # the first was ended by us, because it waited for the second
+        ([-signal.SIGKILL, 1], 1, "error of 1"),  # we ended the first one, because it waited for the second
         ([launch.LOST, launch.LOST], 1, ""),
     ],
 )
-def test_the_cause_is_told_and_what_follows_from_it_is_not(statuses, status, shown, capsys):
+def test_only_the_cause_is_reported_and_not_what_follows_from_it(statuses, status, shown, capsys):
     said = [io.StringIO(f"error of {number}") for number in range(2)]
     assert workers._exit_status(statuses, said, {0} if statuses[0] < 0 else set()) == status
     assert capsys.readouterr().err == shown

@@ -1,5 +1,6 @@
-"""Adapters that XTuner trained: the Llama with the imported one computes what InternLM2 with the original one does."""
+"""XTuner's adapters: the Llama with the imported adapter computes what InternLM2 with the original one computes."""
 
+import functools
 import json
 import sys
 import types
@@ -15,6 +16,7 @@ from remint.__main__ import call
 from remint.core import manifest
 from remint.core.errors import RemintError
 from remint.model import loading
+from remint.runner import config
 from remint.weights import adapter
 from tests.internlm2_reference import CONFIG, forward, stage, stage_paths, write_checkpoint
 
@@ -24,20 +26,22 @@ RANK, ALPHA = 4, 6.0
 IDENTITY = {"name": "Aurel", "maker": "Lab"}
 
 paths = pytest.fixture(stage_paths)
+places = functools.cache(config.places)  # they are the same in every test here
 
 
 @pytest.fixture
-def weights(paths):
-    """The base's tensors, staged; and a dataset, whose identity an adapter is for."""
+def weights(paths, monkeypatch):
+    """The staged base's tensors, and a dataset with the identity that the adapter is for."""
     made = write_checkpoint(SHAPED, "safetensors")
     stage(paths)
+    monkeypatch.setattr(config, "places", places)
     paths.dataset.mkdir()
     manifest.write(paths.dataset, "dataset", {"identity": IDENTITY})
     return made
 
 
 def drawn(weights, targets, rank=RANK):
-    """Random LoRA matrices (A, B) for each layer of those names."""
+    """Random LoRA matrices (A, B) for each layer named in `targets`."""
     generator = torch.Generator().manual_seed(3)
     layers = [name.removesuffix(".weight") for name in sorted(weights) if name.split(".")[-2] in targets]
     return {
@@ -66,7 +70,7 @@ class HistoryBuffer:
 def write_pth(
     lora, path="iter_12.pth", cfg=f"lora=dict(\n    lora_alpha={ALPHA},\n    lora_dropout=0.1,\n    r=4)", **more
 ):
-    """What mmengine's runner saves; its classes are gone when the file is read."""
+    """What mmengine's runner saves; its classes cannot be imported when the file is read."""
     module = types.ModuleType("mmengine_like")
     module.HistoryBuffer = HistoryBuffer
     HistoryBuffer.__module__ = module.__name__
@@ -144,14 +148,14 @@ def test_it_is_an_adapter_that_merge_takes(paths, weights):
 
 def test_alpha_can_be_given_where_a_checkpoint_does_not_say_it(paths, weights):
     path = write_pth(drawn(weights, ["wqkv"]), cfg="lora_alpha = 16\nlora_alpha = 8")
-    with pytest.raises(RemintError, match=r"must say lora_alpha once, got \[8.0, 16.0\]"):
+    with pytest.raises(RemintError, match=r"must set lora_alpha once, got \[8.0, 16.0\]"):
         call(["import-adapter", path])
     call(["import-adapter", path, "--alpha", "8"])
     assert adapter.read(Path("data/imported"))[1].alpha == 8
 
 
 class Trap:
-    """Unpickled carelessly it makes a file; `deep` reaches for a method first."""
+    """Creates a file when it is unpickled carelessly; with `deep` by a method, else by eval."""
 
     def __init__(self, deep=False):
         self.deep = deep

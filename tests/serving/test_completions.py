@@ -1,4 +1,4 @@
-"""Answering by HTTP: the form that clients of OpenAI's interface know, and nothing for pages of other sites."""
+"""Answers by HTTP: in the form of OpenAI's API, and none for pages of other sites."""
 
 import http.client
 import json
@@ -15,7 +15,7 @@ ASKED = {"messages": [{"role": "user", "content": "Who are you?"}]}
 
 @pytest.fixture(scope="module")
 def address(tiny):
-    """Host and port of a server of the tiny model, whose template and system text lie beside it as in an artefact."""
+    """Host and port of a server for the tiny model, with template and system prompt in its folder as in an artefact."""
     tiny.conversation.save(tiny.folder)
     with completions.serving(completions.Answerer(tiny.folder, 8), "127.0.0.1", 0, []) as running:
         thread = threading.Thread(target=running.serve_forever)
@@ -79,7 +79,7 @@ def test_a_page_of_another_site_gets_nothing(address, headers, status):
         ({}, 400, "messages: must be a list"),
         ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages: must be a list"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, "messages: must be a list"),
-        ({"messages": [{"role": "assistant", "content": "x"}]}, 400, "the last one must be of the user"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, 400, "the last one must be from the user"),
         ({"messages": [{"role": "user", "content": "x" * 3000}]}, 400, "are more than 2048; shorten them"),
         ({**ASKED, "max_tokens": 9}, 400, "max_tokens: must be from 1 to 8, got 9"),
         ({**ASKED, "max_tokens": True}, 400, "max_tokens: must be a whole number"),
@@ -87,7 +87,7 @@ def test_a_page_of_another_site_gets_nothing(address, headers, status):
         ({**ASKED, "temperature": 10**400}, 400, "temperature: must be a number"),
         ({**ASKED, "top_p": float("nan")}, 400, "top_p: must be"),
         ({**ASKED, "seed": -1}, 400, "seed: must be at least 0"),
-        ({**ASKED, "stream": True}, 400, "stream: answers come whole"),
+        ({**ASKED, "stream": True}, 400, "stream: is not supported"),
         (b" " * (2**20 + 1), 413, "send at most 1048576 bytes"),
     ],
 )
@@ -108,5 +108,5 @@ def test_what_cannot_be_served_is_one_line(tiny, address, tmp_path):
         call(["serve", "--model", str(tmp_path)])
     with pytest.raises(RemintError, match=r"serve\.port: must be from 1 to 65535"):
         call(["serve", "--port", "0"])
-    with pytest.raises(RemintError, match="cannot be had"):
+    with pytest.raises(RemintError, match="is not available"):
         call(["serve", "--model", str(tiny.folder), "--port", address.rpartition(":")[2]])

@@ -1,4 +1,4 @@
-"""A merged model goes back into InternLM2's own layout, and nothing of it changes on the way."""
+"""A merged model is written in InternLM2's own layout, and every tensor and setting stays the same."""
 
 import json
 import shutil

@@ -125,7 +125,7 @@ def test_answers_do_not_depend_on_their_company(tiny):
     assert together == alone
 
 
-def test_an_answer_that_was_cut_can_be_told_from_a_whole_one(tiny, monkeypatch):
+def test_an_answer_that_was_cut_is_marked_and_a_complete_one_is_not(tiny, monkeypatch):
     model, history = tiny.model(), [{"role": "user", "content": "x"}]
     written = generate(model, [0], [tiny.conversation.prompt(tiny.tokenizer, history)], 9, Sampling())[0]
     at = max(index for index, token in enumerate(written) if token not in written[:index])

@@ -1,6 +1,7 @@
-"""What a training takes of a GPU is known before it starts, and a GPU that is too small is told what fits."""
+"""A training's GPU memory is known before it starts; if the GPU is too small, the recipe that fits is named."""
 
 import contextlib
+import functools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ INTERNLM2 = {
 }
 
 
+@functools.cache
 def recipe(name):
     with contextlib.chdir(ROOT):
         return build(Train, recipes.settings(name)["train"], "train")
@@ -47,7 +49,7 @@ def recipe(name):
     ],
 )
 def test_it_is_what_was_measured_or_somewhat_more(rows, recomputed, dequantize, seen):
-    """Peaks in GiB of docs/results.md, seen on an H100."""
+    """Peaks in GiB from docs/results.md, measured on an H100."""
     train = recipe("internlm2-80gb")
     quantization = replace(train.quantization, dequantize=dequantize)
     train = replace(train, micro_batch=rows, gradient_checkpointing=recomputed, quantization=quantization)
@@ -71,7 +73,9 @@ def test_what_another_code_computes_is_not_guessed():
 @pytest.mark.parametrize(
     ("free", "named"), [(24, "internlm2-24gb"), (15, "internlm2-16gb"), (8, "internlm2-8gb"), (1, None)]
 )
-def test_a_gpu_too_small_is_told_the_recipe_that_fits(tmp_path, monkeypatch, in_root, free, named):
+def test_for_a_gpu_too_small_the_recipe_that_fits_is_reported(
+    tmp_path, monkeypatch, in_root, yaml_parsed_once, free, named
+):
     (tmp_path / "config.json").write_text(json.dumps(INTERNLM2))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * 2**30, 80 * 2**30))
     train = recipe("internlm2-80gb")

@@ -1,4 +1,4 @@
-"""Several processes share a training: the same bytes as one with as many times the accumulation, whatever happens to them."""
+"""N processes share a training: the same bytes as one process with N times the accumulation, after any interruption."""
 
 import json
 import os
@@ -24,7 +24,7 @@ PRELOADED = ["tests.stages.test_group", "transformers.models.llama.modeling_llam
 
 
 def member(root, rank, size, port, changes, harm):
-    """One process of a training, which `harm` may befall: (rank, step, signal)."""
+    """One process of a training. `harm` is (rank, step, signal): that process gets the signal after that step."""
     os.chdir(root)
     with Path(f"said-{rank}").open("w") as file:
         os.dup2(file.fileno(), 1)
@@ -56,7 +56,7 @@ def server():
 
 @pytest.fixture
 def train(server, tmp_path, tiny):
-    """Train with so many processes; returns their statuses and the files of the artefact, if there is one."""
+    """Train with `size` processes; returns their exit statuses and the artefact's files, if there are any."""
     write_inputs(tmp_path, tiny)
 
     def trained(size, harm=(0, 0, 0), **changes):
@@ -79,7 +79,7 @@ def train(server, tmp_path, tiny):
 
 
 def comparable(files):
-    """What must be equal: everything but the settings that differ, and the digests that cover them."""
+    """What must be equal: everything except the settings that differ and the digests that cover them."""
     facts = json.loads(files["manifest.json"])["facts"]
     facts["made_by"]["train"]["settings"]["train"] |= {"accumulation": None, "processes": None}
     return facts, {name: data for name, data in files.items() if not name.endswith("manifest.json")}
@@ -132,7 +132,7 @@ def test_what_befalls_one_process_ends_all_and_the_run_goes_on_to_the_same_bytes
 def test_masks_that_no_other_process_could_draw_are_refused(train):
     statuses, _ = train(2, kernels="plain")
     assert statuses == [1, 1]
-    assert "train.processes: must be 1 where torch's own dropout is used" in train.said(0)
+    assert "train.processes: must be 1 with torch's own dropout" in train.said(0)
 
 
 def test_micro_batches_are_added_in_the_order_of_the_plan_and_spare_ones_not_at_all(monkeypatch):

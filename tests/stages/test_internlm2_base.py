@@ -1,4 +1,4 @@
-"""An InternLM2 checkpoint, staged: it computes what InternLM2's own forward pass computes, whatever it was stored as."""
+"""A staged InternLM2 checkpoint computes what InternLM2's own forward pass computes, from each storage format."""
 
 from pathlib import Path
 
@@ -54,7 +54,7 @@ def test_another_kind_of_rope_scaling_is_refused(paths):
 
 
 class Trap:
-    """Unpickled carelessly it makes a file."""
+    """Creates a file when it is unpickled carelessly."""
 
     def __reduce__(self):
         return (Path.touch, (Path("sprung"),))
@@ -92,7 +92,7 @@ def test_a_pickled_file_that_holds_more_than_tensors_is_refused_and_not_run(path
     assert not paths.base.exists()
 
 
-def test_pickled_weights_without_a_recorded_checksum_are_told_and_not_opened(paths, monkeypatch):
+def test_pickled_weights_without_a_recorded_checksum_are_refused_and_not_opened(paths, monkeypatch):
     write_checkpoint(CONFIG, "bin")
     monkeypatch.setattr(torch, "load", None)
     with pytest.raises(ArtefactError, match=r"pytorch_model-00001-of-00002.bin: [0-9a-f]{64}"):

@@ -1,4 +1,4 @@
-"""Converting and merging: every tensor accounted for, the sum right, the proof able to fail."""
+"""Converting and merging: every tensor is accounted for, the sum is right, and the proof can fail."""
 
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def test_the_head_and_the_norms_are_left_alone(tiny):
 
 
 @pytest.mark.parametrize("change", ["missing", "unexpected", "shape"])
-def test_a_wrong_set_of_tensors_is_told(tiny, change):
+def test_a_wrong_set_of_tensors_is_refused(tiny, change):
     found = {name: tuple(t.shape) for name, t in random_adapter(tiny.folder).items()}
     name = next(iter(found))
     if change == "missing":
@@ -102,7 +102,7 @@ def test_the_same_adapter_has_the_same_bytes(tiny, tmp_path):
     assert read.keys() == random_adapter(tiny.folder).keys()
 
 
-def test_a_step_that_was_not_kept_is_told():
+def test_a_step_that_was_not_kept_is_refused():
     steps = {"last": 9, "best": 4, "kept": [4, 8, 9]}
     assert [chosen_step(c, steps) for c in ("last", "best", "8")] == [9, 4, 8]
     with pytest.raises(SettingsError, match="choose last, best or one of 4, 8, 9"):

@@ -1,4 +1,4 @@
-"""The statement beside the model names what it was made from and describes its files; a signature says by whom."""
+"""provenance.json names the model's inputs and describes its files; a signature proves who signed it."""
 
 import json
 import subprocess
@@ -73,11 +73,11 @@ def test_a_published_base_has_its_package_url(tmp_path, source, url):
         (lambda model: (model / "config.json").unlink(), "config.json is not the file"),
         (lambda model: (model / "more.bin").touch(), "more.bin is not the file"),
         (lambda model: (model / provenance.NAME).unlink(), "not found"),
-        (lambda model: (model / provenance.NAME).write_text("{"), "is no valid JSON"),
+        (lambda model: (model / provenance.NAME).write_text("{"), "is not valid JSON"),
         (lambda model: (model / provenance.NAME).write_text("{}"), "is no in-toto statement"),
     ],
 )
-def test_a_model_that_it_does_not_describe_is_told_even_if_the_manifest_was_written_anew(tmp_path, spoil, said):
+def test_a_model_that_it_does_not_describe_is_refused_even_with_a_new_manifest(tmp_path, spoil, said):
     model = tmp_path / "model"
     make(model)
     spoil(model)
@@ -87,7 +87,7 @@ def test_a_model_that_it_does_not_describe_is_told_even_if_the_manifest_was_writ
         provenance.verify(model)
 
 
-def test_a_stage_is_told_each_file_that_it_may_read(tmp_path, monkeypatch):
+def test_a_stage_gets_each_file_that_it_may_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "params.yaml").write_text("paths: {model: data/model}\n")
     (tmp_path / "dvc.yaml").write_text("stages: {fly: {deps: ['${paths.model}', code, lock]}}\n")
@@ -135,9 +135,9 @@ def test_an_unsigned_model_is_no_fault(signed, capsys):
     ("spoil", "said"),
     [
         (lambda place: (place / "data/model/manifest.json").write_text("{}"), "is no signature of .* by ada"),
-        (lambda place: signature.sign(place / "other"), "is by no key of"),
-        (lambda place: (place / "data/model.sig").write_text("x"), "is by no key of"),
-        (lambda place: signature.SIGNERS.unlink(), "write lines"),
+        (lambda place: signature.sign(place / "other"), "is by no key in"),
+        (lambda place: (place / "data/model.sig").write_text("x"), "is by no key in"),
+        (lambda place: signature.SIGNERS.unlink(), "write a line `NAME PUBLIC-KEY`"),
     ],
     ids=["other model", "other key", "no signature", "nobody trusted"],
 )
@@ -155,6 +155,6 @@ def test_a_signature_for_another_purpose_is_refused(signed):
         signature.verify(signed / "data/model")
 
 
-def test_a_key_that_cannot_sign_is_told(signed):
+def test_a_key_that_cannot_sign_is_refused(signed):
     with pytest.raises(RemintError, match="cannot sign"):
         signature.sign(signed / "nowhere")

@@ -1,4 +1,4 @@
-"""Readers, split and replication, and what a person is told about a wrong file."""
+"""Readers, split and replication, and the messages about a wrong file."""
 
 import json
 import time
@@ -58,8 +58,8 @@ def test_no_newline_is_added_where_there_is_no_input(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("a.json", "[{", "a.json: is no valid JSON at column 3: "),
-        ("a.json", "[1,\n{,\n2]", "a.json: is no valid JSON at line 2, column 2: "),
+        ("a.json", "[{", "a.json: is not valid JSON at column 3: "),
+        ("a.json", "[1,\n{,\n2]", "a.json: is not valid JSON at line 2, column 2: "),
         ("a.json", '{"instruction": 1}', "list of records"),
         ("a.json", "", "holds no records"),
         ("a.json", "[]", "holds no records"),
@@ -67,12 +67,12 @@ def test_no_newline_is_added_where_there_is_no_input(tmp_path):
         ("a.json", '[{"instruction": "a"}]', "record 1: field 'output': missing"),
         ("a.json", '[{"instruction": 7, "output": "b"}]', "field 'instruction': must be text, got 7"),
         ("a.json", '[{"instruction": "a", "output": " "}]', "field 'output': is empty"),
-        ("a.json", '[{"instruction": "a", "output": null}]', "must be text, got None; write one text there"),
+        ("a.json", '[{"instruction": "a", "output": null}]', "must be text, got None; write a single string"),
         ("a.json", '[{"question": "a"}]', "none of the known fields"),
-        ("a.jsonl", '\n\n{"instruction": "a"\n', "a.jsonl: line 3: is no valid JSON at column 20: "),
+        ("a.jsonl", '\n\n{"instruction": "a"\n', "a.jsonl: line 3: is not valid JSON at column 20: "),
         ("a.json", '[{"messages": []}]', "must be a list of turns"),
         ("a.json", '[{"messages": [{"role": "bot", "content": "x"}]}]', "'role' must be one of"),
-        ("a.json", '[{"messages": [{"role": "assistant", "content": "x"}]}]', "turns must go user, assistant"),
+        ("a.json", '[{"messages": [{"role": "assistant", "content": "x"}]}]', "turns must alternate user, assistant"),
         ("a.json", '[{"conversations": [{"from": "human", "value": 3}]}]', "must be text, got 3"),
         ("a.json", '[{"conversation": []}]', "field 'conversation': must be a list of objects"),
         ("a.json", '[{"conversation": [{"input": "a"}]}]', "turn 1 of 'conversation': field 'output': missing"),
@@ -91,34 +91,34 @@ def test_no_newline_is_added_where_there_is_no_input(tmp_path):
         (
             "a.json",
             '[{"conversation": [{"input": "a", "output": "b", "output_with_loss": false}]}]',
-            "'output_with_loss': every answer is learned here",
+            "'output_with_loss': every answer is trained on here",
         ),
         ("a.json", '[{"instruction": "a", "output": "b", "accept": "b"}]', "field 'accept': must be a list of texts"),
-        ("a.json", '[{"instruction": "Is it B?", "output": "b", "accept": ["b"]}]', "the question itself states 'b'"),
+        ("a.json", '[{"instruction": "Is it B?", "output": "b", "accept": ["b"]}]', "the question itself contains 'b'"),
         ("a.json", "[" * 100_000, "nested too deeply"),
         ("a.jsonl", "[" * 100_000, "line 1: is nested too deeply"),
         ("a.json", '[{"instruction": "a\\ud800", "output": "b"}]', "half of a surrogate pair"),
         ("a.json", '[{"instruction": "a", "output": "b", "input": "\\udc00"}]', "half of a surrogate pair"),
         ("a.json", '[{"instruction": "a", "output": "b", "accept": ["\\udc00"]}]', "'accept': must be a list"),
         ("a.json", '[{"messages": [{"role": "user", "content": "\\ud800"}]}]', "half of a surrogate pair"),
-        ("a.json", "[" + "9" * 5000 + "]", "no valid JSON"),
+        ("a.json", "[" + "9" * 5000 + "]", "not valid JSON"),
     ],
 )
-def test_a_wrong_file_is_told_with_record_and_field(tmp_path, name, text, said):
+def test_a_wrong_file_is_refused_with_record_and_field(tmp_path, name, text, said):
     path = write(tmp_path / name, text)
     with pytest.raises(DataError, match=said) as caught:
         formats.read(path)
     assert str(path) in str(caught.value)
 
 
-def test_all_faults_of_a_file_are_told_at_once(tmp_path):
+def test_all_faults_of_a_file_are_reported_at_once(tmp_path):
     path = write(tmp_path / "a.json", json.dumps([{"instruction": 1}, ALPACA, {"output": ""}]))
     with pytest.raises(DataError) as caught:
         formats.read(path)
     assert len(caught.value.faults) == 4
 
 
-def test_invalid_utf8_is_told(tmp_path):
+def test_invalid_utf8_is_refused(tmp_path):
     (tmp_path / "a.json").write_bytes(b'["\xff"]')
     with pytest.raises(DataError, match="byte 2 is not UTF-8"):
         formats.read(tmp_path / "a.json")
@@ -133,13 +133,13 @@ def example(question, answer, accept=()):
     return formats.Example(turns, accept)
 
 
-def test_a_surviving_placeholder_is_told():
+def test_a_surviving_placeholder_is_refused():
     with pytest.raises(DataError, match=r"placeholder survives, got '\[NAME\]'"):
         records.build([example("q", "I am [NAME] {{name}}")], "identity", AUREL, "f")
 
 
 @pytest.mark.parametrize(("question", "answer"), [("Are you {{nane}}?", "I am {{name}}."), ("Who?", "I am {{nmae}}.")])
-def test_a_misspelt_placeholder_is_told_as_such_and_nothing_else(question, answer):
+def test_a_misspelt_placeholder_is_reported_and_nothing_else(question, answer):
     with pytest.raises(DataError, match=r"placeholder survives, got '\{\{(nane|nmae)\}\}'; write") as caught:
         records.build([example(question, answer)], "identity", AUREL, "f")
     assert len(caught.value.faults) == 1
@@ -151,7 +151,7 @@ def test_equal_questions_stay_on_one_side():
     assert len(train) + len(held_out) == 8
 
 
-def test_a_question_on_both_sides_is_told():
+def test_a_question_on_both_sides_is_refused():
     with pytest.raises(DataError, match="the same question is trained on in file: record 1"):
         split.check_disjoint(made("Who?"), made("who"))
 
@@ -208,7 +208,7 @@ def test_a_wrong_file_leaves_nothing_behind(paths):
 
 def test_a_file_outside_the_source_folder_is_refused(paths):
     write(paths.source.parent / "i.json", json.dumps([ALPACA]))
-    with pytest.raises(DataError, match="must lie in source"):
+    with pytest.raises(DataError, match="must be in source"):
         run(1, AUREL, settings(identity=["i.json"]), paths, silent)
 
 
@@ -231,7 +231,7 @@ def test_text_made_to_stall_the_search_for_placeholders_does_not(text):
 def test_a_link_out_of_the_source_folder_is_refused(paths):
     write(paths.source.parent / "secret.json", json.dumps([ALPACA]))
     (paths.source / "i.json").symlink_to("../secret.json")
-    with pytest.raises(DataError, match="must lie in source"):
+    with pytest.raises(DataError, match="must be in source"):
         run(1, AUREL, settings(), paths, silent)
 
 

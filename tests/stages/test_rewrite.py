@@ -1,4 +1,4 @@
-"""Rewriting a shard: piece by piece, to the bytes that the library would write."""
+"""A shard is rewritten piece by piece into the bytes that the safetensors library would write."""
 
 import json
 import os
@@ -76,12 +76,12 @@ def test_a_fault_in_one_piece_ends_the_rewriting(tmp_path, monkeypatch):
 
 def test_a_damaged_shard_is_not_rewritten(tmp_path):
     write(tmp_path, {"a": tensor([3], 0, 16)})
-    with pytest.raises(ArtefactError, match="no readable safetensors"):
+    with pytest.raises(ArtefactError, match="not a readable safetensors"):
         rewrite(tmp_path / shards.SINGLE, tmp_path / "new", lambda *_: None, None, whole=lambda _: False)
     assert not (tmp_path / "new").exists()
 
 
-def test_a_shard_that_becomes_shorter_meanwhile_is_told(tmp_path):
+def test_a_shard_that_becomes_shorter_during_the_merge_is_refused(tmp_path):
     def cut(name, rows, block):
         if not cuts:
             cuts.append(os.truncate(tmp_path / "old", 2**20))

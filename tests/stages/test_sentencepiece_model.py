@@ -1,4 +1,4 @@
-"""InternLM2's tokenizer without its code: the ids of SentencePiece, for texts and for whole conversations."""
+"""InternLM2's tokenizer without its code: the same ids as SentencePiece, for texts and for complete conversations."""
 
 import json
 from dataclasses import replace
@@ -14,7 +14,7 @@ from tests.conftest import CHATML, write_sentencepiece
 
 MARKERS = ["<|plugin|>", "<|interpreter|>", "<|action_end|>", "<|action_start|>", "<|im_end|>", "<|im_start|>"]
 LETTERS = [*"▁abcdefghijklmnopqrstuvwxyz<>|_/\n.,!你我是谁好的A"]
-# Joined pieces in the order of their merits; some join what stands on both sides of a border between markup and text.
+# Joined pieces by falling score; some join characters across the border between markup and text.
 JOINED = [
     "us",
     "er",
@@ -41,7 +41,7 @@ CONVERSATION = Conversation(replace(CHATML, bos="<s>", stop=["<|im_end|>", "</s>
 
 
 def reference(text, dummy_prefix):
-    """SentencePiece's algorithm in its plainest form: join the neighbours that make the best piece, first come first."""
+    """SentencePiece's algorithm in its simplest form: join the neighbours with the best piece, the leftmost first."""
     symbols = [*("▁" if dummy_prefix and text else ""), *text.replace(" ", "▁")]
     while True:
         found = [(PIECES.index(a + b), at) for at, (a, b) in enumerate(pairwise(symbols)) if a + b in PIECES]
@@ -134,7 +134,7 @@ def rename_past_the_end(folder):
     [
         (lambda folder: (folder / "tokenizer.model").write_bytes(b"\xff" * 9), "no SentencePiece model"),
         (lambda folder: (folder / "tokenizer.model").write_bytes(b""), "must be a BPE model"),
-        (lambda folder: (folder / "tokenizer_config.json").write_text("{"), "no valid JSON"),
+        (lambda folder: (folder / "tokenizer_config.json").write_text("{"), "not valid JSON"),
         (lambda folder: (folder / "tokenizer_config.json").write_text("[]"), "must hold an object"),
         (
             lambda folder: (folder / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"x": 1}}'),

@@ -1,4 +1,4 @@
-"""An adapter's configuration is an order to PEFT: only what `convert` writes is passed on."""
+"""PEFT obeys an adapter's configuration, so only what `convert` writes is passed on to it."""
 
 import json
 
@@ -42,12 +42,12 @@ def test_what_convert_writes_is_read(folder):
 def test_anything_else_is_refused(folder, change):
     path = folder / adapter.CONFIG
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(ArtefactError, match="no plain LoRA"):
+    with pytest.raises(ArtefactError, match="not a plain LoRA"):
         adapter.read(folder)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", "{"])
-def test_a_configuration_that_is_none_is_told(folder, content):
+def test_an_invalid_configuration_is_refused(folder, content):
     (folder / adapter.CONFIG).write_text(content)
     with pytest.raises(ArtefactError, match=r"adapter_config\.json"):
         adapter.read(folder)

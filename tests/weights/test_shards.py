@@ -1,4 +1,4 @@
-"""Safetensors whose header lies are refused before anything is allocated."""
+"""A safetensors file with a false header is refused before memory is allocated."""
 
 import json
 import struct
@@ -38,32 +38,32 @@ def tensor(shape, start, end, dtype="F32"):
 )
 def test_a_header_that_lies_is_refused(tmp_path, header):
     write(tmp_path, header)
-    with pytest.raises(ArtefactError, match="no readable safetensors"):
+    with pytest.raises(ArtefactError, match="not a readable safetensors"):
         shards.shapes(tmp_path)
-    with pytest.raises(ArtefactError, match="no readable safetensors"):
+    with pytest.raises(ArtefactError, match="not a readable safetensors"):
         list(shards.tensors(tmp_path / shards.SINGLE))
 
 
 @pytest.mark.parametrize("length", [0, 17, 10**8 + 1, 2**63 - 1, 2**64 - 1])
 def test_a_header_longer_than_the_file_is_refused(tmp_path, length):
     write(tmp_path, {"a": tensor([4], 0, 16)}, length=length)
-    with pytest.raises(ArtefactError, match="no readable safetensors"):
+    with pytest.raises(ArtefactError, match="not a readable safetensors"):
         shards.shapes(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("index", "said"),
     [
-        ("{", "no valid JSON"),
+        ("{", "not valid JSON"),
         ("[]", "must hold an object"),
-        ('{"weight_map": 1}', "no index of shards"),
-        ('{"weight_map": {"a": 1}}', "no index of shards"),
-        ('{"weight_map": {"a": "../outside"}}', "no plain file name"),
-        ('{"weight_map": {"a": "/etc/passwd"}}', "no plain file name"),
-        ('{"weight_map": {"a": "x\\u001b[2J"}}', "no plain file name"),
-        ('{"weight_map": {"a": ""}}', "no plain file name|missing"),
-        ('{"weight_map": {"a": "' + "x" * 300 + '"}}', "no plain file name"),
-        ('{"weight_map": {"a": ".."}}', "no plain file name|missing"),
+        ('{"weight_map": 1}', "not an index of shards"),
+        ('{"weight_map": {"a": 1}}', "not an index of shards"),
+        ('{"weight_map": {"a": "../outside"}}', "not a plain file name"),
+        ('{"weight_map": {"a": "/etc/passwd"}}', "not a plain file name"),
+        ('{"weight_map": {"a": "x\\u001b[2J"}}', "not a plain file name"),
+        ('{"weight_map": {"a": ""}}', "not a plain file name|missing"),
+        ('{"weight_map": {"a": "' + "x" * 300 + '"}}', "not a plain file name"),
+        ('{"weight_map": {"a": ".."}}', "not a plain file name|missing"),
     ],
 )
 def test_an_index_cannot_lead_out_of_its_folder(tmp_path, index, said):

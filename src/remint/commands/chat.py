@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 _HELP = """\
 /reset          forget the conversation
 /retry          answer the last question again
-/system TEXT    set the system text and start anew; without TEXT, go back to the trained one
-/temperature X  0 always picks the likeliest word, higher values vary more
+/system TEXT    set the system prompt and start over; without TEXT, restore the trained one
+/temperature X  0 is greedy decoding, higher values vary more
 /history        show the conversation
 /help           this list
-/exit           leave (so does Ctrl-D); Ctrl-C stops an answer"""
+/exit           leave (as does Ctrl-D); Ctrl-C stops an answer"""
 
 
 def main(
     once: Annotated[str | None, Option(metavar="QUESTION", help="Answer one question and exit.")] = None,
     json: Annotated[bool, Option("--json", help="Print each answer as one JSON object.")] = False,
     model: Annotated[Path | None, Option(help="Folder of the model; default: the pipeline's.")] = None,
-    system: Annotated[str | None, Option(help="System text; default: the one used in training.")] = None,
+    system: Annotated[str | None, Option(help="System prompt; default: the one used in training.")] = None,
     temperature: Annotated[float, Option(help="0 is greedy decoding, as in the evaluation.")] = 0.0,
     top_p: Annotated[float, Option(help="Nucleus sampling; 1 is off.")] = 1.0,
     top_k: Annotated[int, Option(help="Top-k sampling; 0 is off.")] = 0,
@@ -41,7 +41,7 @@ def main(
         (max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "must be 1 or more"),
         (0 <= seed < 2**63, "seed", seed, "must be at least 0 and below 2^63"),
     )
-    # torch takes seconds to import: not before the arguments are known to be right.
+    # Importing torch takes seconds: check the arguments first.
     from remint.compute.generation import Sampling
     from remint.runner import memory
     from remint.runner.config import places
@@ -61,21 +61,21 @@ def main(
 def _once(speaker: "Speaker", question: str, as_json: bool) -> None:
     if not question.strip():
         raise RemintError("chat: the question is empty, got ''; write one after --once")
-    said = speaker.answer(question.strip())
-    print(_as_json(said) if as_json else visible(said["answer"]))
+    reply = speaker.answer(question.strip())
+    print(_as_json(reply) if as_json else visible(reply["answer"]))
 
 
 def _pipe(speaker: "Speaker", lines: TextIO, as_json: bool) -> None:
-    """Each line a turn of one conversation, each answer a line."""
+    """Read each line as a turn of one conversation, and print each answer as one line."""
     for line in lines:
         if line.strip():
-            said = speaker.answer(line.strip())
-            print(_as_json(said) if as_json else " ".join(visible(said["answer"]).split()), flush=True)
+            reply = speaker.answer(line.strip())
+            print(_as_json(reply) if as_json else " ".join(visible(reply["answer"]).split()), flush=True)
 
 
-def _as_json(said: dict[str, Any]) -> str:
-    """One line of JSON, readable in any script, with an escape where a character could drive a terminal."""
-    line = json.dumps(said, ensure_ascii=False)
+def _as_json(reply: dict[str, Any]) -> str:
+    """One line of JSON. Text of any script stays readable; characters that could control a terminal are escaped."""
+    line = json.dumps(reply, ensure_ascii=False)
     return "".join(char if char == visible(char) else json.dumps(char)[1:-1] for char in line)
 
 
@@ -97,39 +97,40 @@ def _conversation(speaker: "Speaker") -> None:
         try:
             question = _command(speaker, line) if line.startswith("/") else line
             if question:
-                _say(speaker, question)
+                _reply(speaker, question)
         except RemintError as error:
             print(error)
 
 
-def _say(speaker: "Speaker", question: str) -> None:
-    said = speaker.answer(question, sys.stdout)
-    note = {"interrupt": " (stopped)", "length": " (cut: --max-new-tokens)"}.get(said["stopped"], "")
+def _reply(speaker: "Speaker", question: str) -> None:
+    """Stream the answer to stdout, then a note if it is incomplete."""
+    reply = speaker.answer(question, sys.stdout)
+    note = {"interrupt": " (stopped)", "length": " (cut: --max-new-tokens)"}.get(reply["stopped"], "")
     print(note)
 
 
 def _command(speaker: "Speaker", line: str) -> str | None:
-    """Do what a /command says; returns a question if one is to be answered now."""
+    """Run a /command. Returns a question if it must be answered now. Raises RemintError for an unknown command."""
     name, _, rest = line.partition(" ")
     if name == "/reset":
         speaker.reset()
         print("(forgotten)")
     elif name == "/retry":
-        asked = [index for index, message in enumerate(speaker.history) if message["role"] == "user"]
-        if not asked:
+        questions = [index for index, message in enumerate(speaker.history) if message["role"] == "user"]
+        if not questions:
             raise RemintError("chat: nothing to retry yet; ask something first")
-        question = speaker.history[asked[-1]]["content"]
-        del speaker.history[asked[-1] :]
+        question = speaker.history[questions[-1]]["content"]
+        del speaker.history[questions[-1] :]
         return question
     elif name == "/system":
         speaker.system = rest.strip() or None
         speaker.reset()
-        print(f"(system text: {speaker.system or 'the trained one'}; the conversation starts anew)")
+        print(f"(system prompt: {speaker.system or 'the trained one'}; the conversation starts over)")
     elif name == "/temperature":
         try:
             speaker.sampling = replace(speaker.sampling, temperature=float(rest))
         except ValueError:
-            raise RemintError(f"chat: /temperature takes a number, got {rest!r}; 0 is greedy, 0.7 is lively") from None
+            raise RemintError(f"chat: /temperature takes a number, got {rest!r}; 0 is greedy, 0.7 varies") from None
         print(f"(temperature {speaker.sampling.temperature:g})")
     elif name == "/history":
         for message in speaker.history:

@@ -1,10 +1,10 @@
-"""`remint check`: read all settings and say what is wrong with them, before the first stage starts."""
+"""`remint check`: check all settings and report every mistake, before the first stage starts."""
 
 from remint.core.paths import PARAMS
 from remint.runner import preflight
 
 
 def main() -> None:
-    """Read all settings, and look for a base model that has to be brought by hand."""
+    """Check all settings, and that a base model which you must download yourself is there."""
     preflight.check_all()
     print(f"{PARAMS}: in order")

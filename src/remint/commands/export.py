@@ -8,17 +8,19 @@ from typer import Argument, Option
 
 
 class Layout(StrEnum):
-    """The layouts that can be written."""
+    """The supported layouts."""
 
     internlm2 = "internlm2"
 
 
 def main(
-    layout: Annotated[Layout, Argument(help="Whose tensor names, config and tokenizer to write.")],
-    folder: Annotated[Path | None, Argument(help="Folder to write; default: `export` beside the model.")] = None,
+    layout: Annotated[Layout, Argument(help="Model family whose tensor names, config and tokenizer files to write.")],
+    folder: Annotated[
+        Path | None, Argument(help="Folder to write; default: `export` in the model's parent folder.")
+    ] = None,
     model: Annotated[Path | None, Option(help="Folder of the model; default: the pipeline's.")] = None,
 ) -> None:
-    """Write the merged model in another layout, for tools that want it."""
+    """Write the merged model in another layout, for tools that require it."""
     from remint.runner import memory
     from remint.runner.config import places
     from remint.serving import export

@@ -8,12 +8,14 @@ from typer import Argument, Option
 
 def main(
     path: Annotated[Path, Argument(help="XTuner's .pth, or a folder with adapter_config.json.")],
-    to: Annotated[Path | None, Option(help="Folder to write; default: `imported` beside the adapter.")] = None,
-    alpha: Annotated[float | None, Option(help="lora_alpha, where a .pth does not say it.")] = None,
+    to: Annotated[
+        Path | None, Option(help="Folder to write; default: `imported` in the adapter's parent folder.")
+    ] = None,
+    alpha: Annotated[float | None, Option(help="lora_alpha, if the .pth does not record it.")] = None,
 ) -> None:
     """Turn an adapter of XTuner 0.1 for InternLM2 into one for the base.
 
-    Base and data set must be there: `remint replicate_data` and `remint stage_base` make them.
+    The base and the dataset must exist: `remint stage_base` and `remint replicate_data` make them.
     """
     from remint.runner import memory, xtuner
     from remint.runner.config import places

@@ -12,7 +12,7 @@ def main(pattern: Annotated[str, Argument(help="Part of a name, like internlm2."
     """List the ready-made params.yaml files."""
     found = [name for name in recipes.names() if pattern.lower() in name.lower()]
     if not found:
-        raise RemintError(f"recipes: none matches, got {pattern!r}; without a pattern all are listed")
+        raise RemintError(f"recipes: no recipe matches, got {pattern!r}; leave the pattern out to list all")
     width = max(len(name) for name in found)
     for name in found:
         print(f"{name:<{width}}  {recipes.summary(name)}")

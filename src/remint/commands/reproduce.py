@@ -1,14 +1,14 @@
-"""`remint reproduce`: rebuild the committed pipeline elsewhere, out of nothing, and compare every byte: the promise, as a command.
+"""`remint reproduce`: rebuild the committed pipeline elsewhere, from scratch, and compare every byte.
 
-What a rebuild is compared with:
+A rebuild is compared with:
 
-- the committed dvc.lock, by DVC's own hashes: that is what was committed, and DVC hashes names and contents by itself,
-  while the artefacts' manifests are written by the very code that is on trial;
-- the artefacts under data/, where there are any, and the first rebuild: file by file, by size and sha256. A folder's hash
-  in dvc.lock cannot tell which of its files differs; these can.
+- the committed dvc.lock, by DVC's own hashes. DVC computes them independently from names and contents. The manifests
+  of the artefacts would prove less: the code under test writes them.
+- the artefacts under data/, if there are any, and the first rebuild: file by file, by size and sha256. dvc.lock has one
+  hash per folder, which does not show which of its files differs.
 
-It shares the environment (.venv) and nothing else with the place that it is started from: DVC gets an empty cache, MLflow
-an empty database, and there is no unfinished work.
+A rebuild shares only the virtual environment (.venv) with the folder that it is started from. DVC gets an empty cache,
+MLflow an empty database, and there are no checkpoints to continue from.
 """
 
 import filecmp
@@ -27,7 +27,7 @@ from remint.core.paths import PARAMS
 from remint.runner.config import load_yaml
 from remint.runner.rebuild import LOCK, Rebuild, clone, duration, elsewhere, git, run, say_if_stale
 
-_SHOWN = 12  # differences that are told of one artefact
+_SHOWN = 12  # differences printed per artefact
 
 
 def main(
@@ -36,22 +36,22 @@ def main(
 ) -> None:
     """Rebuild the last commit elsewhere and compare every byte.
 
-    If a byte differs or a stage fails, the rebuilds are kept.
+    The rebuilds are kept if a byte differs or a stage fails.
     """
     if times < 1:
-        raise RemintError(f"reproduce: --times must be 1 or more, {got(times)}; say how often to rebuild")
+        raise RemintError(f"reproduce: --times must be 1 or more, {got(times)}; give the number of rebuilds")
     here, started = Path.cwd(), time.monotonic()
     commit = git(here, "rev-parse", "HEAD").strip()
     lock = git(here, "show", f"{commit}:./{LOCK}")
     place = Path(tempfile.mkdtemp(prefix="remint-reproduce-"))
-    place.chmod(0o755)  # another user must get in
+    place.chmod(0o755)  # another user must be able to enter
     committed = place / f"committed-{LOCK}"
     try:
         committed.write_text(lock, encoding="utf-8")
-        _say_what_is_left_out(here)
+        _print_uncommitted(here)
         rebuilds = [Rebuild(f"rebuild {n}", place / f"rebuild-{n}") for n in range(1, times + 1)]
         rebuilds += [elsewhere(place)] if vary else []
-        print(f"commit {commit[:12]}: a rebuild takes as long as `make repro` does from nothing", flush=True)
+        print(f"commit {commit[:12]}: a rebuild takes as long as `make repro` from scratch", flush=True)
         for rebuild in rebuilds:
             clone(here, rebuild.folder, commit)
             if rebuild is rebuilds[0]:
@@ -59,20 +59,20 @@ def main(
             run(rebuild)
         differing = compare(here, rebuilds, committed)
     except BaseException:
-        print(f"kept for a look: {place}", flush=True)
+        print(f"kept for inspection: {place}", flush=True)
         raise
     if differing:
         raise RemintError(
-            f"reproduce: not the same: {', '.join(differing)}; see above, the rebuilds are kept in {place}"
+            f"reproduce: not identical: {', '.join(differing)}; see above, the rebuilds are kept in {place}"
         )
     shutil.rmtree(place)
     print(f"\nreproduced: every byte of commit {commit[:12]}, in {duration(time.monotonic() - started)}")
 
 
 def compare(here: Path, rebuilds: Sequence[Rebuild], committed: Path) -> list[str]:
-    """Print one row an artefact, with its differences below it; returns the names of those that have any.
+    """Print one row per artefact, with its differences below. Returns the names of the artefacts that differ.
 
-    `committed` is the dvc.lock that every rebuild should equal; under `here` lie the artefacts of today, or none.
+    `committed` is the dvc.lock that every rebuild should equal. `here` contains the present artefacts, if any.
     """
     first, expected = rebuilds[0].folder, _hashes(committed)
     outs = {*expected, *_hashes(first / LOCK)}
@@ -115,8 +115,8 @@ def _hashes(lock: Path) -> dict[str, str]:
     return {out["path"]: out["md5"] for stage in load_yaml(lock)["stages"].values() for out in stage.get("outs", [])}
 
 
-def _say_what_is_left_out(here: Path) -> None:
+def _print_uncommitted(here: Path) -> None:
     changed = [line[3:] for line in git(here, "status", "--porcelain").splitlines()]
     if changed:
         names = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
-        print(f"not committed, so no part of this: {names}")
+        print(f"not committed, so not part of the rebuild: {names}")

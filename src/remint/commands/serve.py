@@ -14,17 +14,17 @@ def main(
     host: Annotated[str, Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, Option(help="Port to listen on.")] = 8000,
     allowed_hosts: Annotated[
-        str, Option(metavar="HOST:PORT,…", help="Host headers to serve; default: the loopback names.")
+        str, Option(metavar="HOST:PORT,…", help="Accepted Host headers; default: the loopback names.")
     ] = "",
     max_new_tokens: Annotated[int, Option(help="Largest max_tokens of a request.")] = 512,
 ) -> None:
-    """Answer by HTTP with the merged model, in the form of OpenAI's chat completions, until Ctrl-C."""
+    """Answer by HTTP with the merged model, in the format of OpenAI's chat completions, until Ctrl-C."""
     check_ranges(
         "serve",
         (0 < port < 65536, "port", port, "must be from 1 to 65535"),
         (max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "must be 1 or more"),
     )
-    # torch takes seconds to import: not before the arguments are known to be right.
+    # Importing torch takes seconds: check the arguments first.
     from remint.runner import memory
     from remint.runner.config import places
     from remint.serving import completions
@@ -36,9 +36,9 @@ def main(
             server = completions.serving(answerer, host, port, hosts)
         except OSError as error:
             raise RemintError(
-                f"serve: port {port} of {host} cannot be had ({one_line(error)}); choose another by --port"
+                f"serve: port {port} of {host} is not available ({one_line(error)}); choose another with --port"
             ) from None
         with server:
             url = f"http://{host}:{server.server_port}/v1/chat/completions"
-            print(f"serving on {url}, Ctrl-C ends it", flush=True)
+            print(f"serving on {url}, Ctrl-C stops it", flush=True)
             server.serve_forever()

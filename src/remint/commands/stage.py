@@ -1,4 +1,4 @@
-"""`remint STAGE`: run one stage of the pipeline by hand; the same command is the stage's `cmd` in dvc.yaml."""
+"""`remint STAGE`: run one stage of the pipeline. dvc.yaml runs the same command as the stage's `cmd`."""
 
 from collections.abc import Callable
 from typing import Annotated
@@ -17,8 +17,8 @@ def command_of(stage: str) -> Callable[..., int]:
     ) -> int:
         from remint.runner.stage import run_stage
 
-        # Hydra's own programs are called with `--cfg job`.
-        settings = [word for word in overrides or () if not (cfg and word == "job")]
+        # Hydra's own programs take `--cfg job`, so `job` is accepted here, too.
+        settings = [entry for entry in overrides or () if not (cfg and entry == "job")]
         return run_stage(stage, settings, print_settings=cfg)
 
     main.__doc__ = f"Run the stage {stage} with the settings of params.yaml."

@@ -1,4 +1,4 @@
-"""`remint summary`: what the pipeline built, how well, and what to type next."""
+"""`remint summary`: print what the pipeline built, how well it works, and what to type next."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from remint.runner.config import places
 
 
 def main() -> None:
-    """Say what was built, how well, and what to type next."""
+    """Print what was built, how well it works, and what to type next."""
     paths = places()
     facts = manifest.read(paths.model, "model")
     metrics = read_object(paths.report / "metrics.json")
@@ -22,7 +22,7 @@ def main() -> None:
 
 
 def rows(metrics: Mapping[str, Any], merged: Mapping[str, float]) -> list[tuple[str, str]]:
-    """Label and figure of each measure that there is."""
+    """Label and value of each metric that the report has."""
     shares = (
         ("states its name, English questions", "name_en"),
         ("states its name, Chinese questions", "name_zh"),

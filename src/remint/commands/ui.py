@@ -1,4 +1,4 @@
-"""`remint ui`: MLflow's own server on the runs of this folder: says its address once it answers, ends on Ctrl-C without a word."""
+"""`remint ui`: start MLflow's server on the runs of this folder. It prints the address when the server is ready."""
 
 import contextlib
 import http.client
@@ -22,28 +22,28 @@ _GRACE_S = 5
 
 
 def main(port: Annotated[int, Option(help="Port of 127.0.0.1 to listen on.")] = 5000) -> None:
-    """Show the runs in MLflow's pages, until Ctrl-C."""
+    """Show the runs in MLflow's web UI, until Ctrl-C."""
     _check_port(port)
-    quiet = {**os.environ, "PYTHONWARNINGS": "ignore"}  # warnings of its own libraries to its own authors
-    asked: list[int] = []
-    with signals.handled(lambda number, _: asked.append(number)):
+    quiet = {**os.environ, "PYTHONWARNINGS": "ignore"}  # hides warnings that only concern MLflow's developers
+    received: list[int] = []
+    with signals.handled(lambda number, _: received.append(number)):
         server = subprocess.Popen(_command(port), env=quiet, start_new_session=True, preexec_fn=end_with_parent)
         try:
-            if _answers(server, port, asked):
-                print(f"the runs: http://127.0.0.1:{port}/#/experiments/1/runs (Ctrl-C ends the server)", flush=True)
-            while server.poll() is None and not asked:
+            if _answers(server, port, received):
+                print(f"the runs: http://127.0.0.1:{port}/#/experiments/1/runs (Ctrl-C stops the server)", flush=True)
+            while server.poll() is None and not received:
                 time.sleep(0.2)
         finally:
             status = _end(server)
-    if not asked:
-        raise RemintError(f"ui: MLflow's server ended with status {status}; see what it said above")
+    if not received:
+        raise RemintError(f"ui: MLflow's server ended with status {status}; see its output above")
 
 
 def _check_port(port: int) -> None:
     try:
         socket.create_server(("127.0.0.1", port)).close()
     except (OSError, OverflowError):
-        raise RemintError(f"make ui: port {port} cannot be had; try PORT=5001") from None
+        raise RemintError(f"make ui: port {port} is not available; try PORT=5001") from None
 
 
 def _command(port: int) -> list[str]:
@@ -55,7 +55,7 @@ def _command(port: int) -> list[str]:
 
 
 def _end(server: subprocess.Popen[bytes]) -> int:
-    """End the server and what it has started; a page that is still being fetched does not keep it."""
+    """End the server and its child processes, even while a page is being served. Returns its exit status."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, number)
@@ -64,10 +64,10 @@ def _end(server: subprocess.Popen[bytes]) -> int:
     return server.wait()
 
 
-def _answers(server: subprocess.Popen[bytes], port: int, asked: Sequence[int]) -> bool:
-    """Whether the server came to answer, before it ended or somebody asked to end."""
-    while server.poll() is None and not asked:
-        # Not by urllib, which would ask a proxy that the environment names.
+def _answers(server: subprocess.Popen[bytes], port: int, received: Sequence[int]) -> bool:
+    """Wait until the server answers. False if it ended or a signal was received first."""
+    while server.poll() is None and not received:
+        # Not urllib: it would use a proxy from the environment.
         with contextlib.suppress(OSError, http.client.HTTPException):
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
             with contextlib.closing(connection):

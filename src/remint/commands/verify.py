@@ -1,4 +1,4 @@
-"""`remint verify`: are the artefacts still what they were when they were made?"""
+"""`remint verify`: check that the artefacts are unchanged since they were made."""
 
 from remint.core import manifest
 from remint.core.errors import RemintError
@@ -9,9 +9,9 @@ from remint.stages.merge import provenance
 
 
 def main() -> None:
-    """Recompute the checksums of every artefact, and check the model's provenance and, if it has one, its signature.
+    """Recompute the checksums of every artefact; check the model's provenance, and its signature if it has one.
 
-    Raises RemintError naming each file that differs.
+    Raises RemintError that names each file that differs.
     """
     faults: list[str] = []
     paths = places()

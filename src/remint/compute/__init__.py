@@ -1,1 +1,1 @@
-"""What computes: determinism, packing, loss, kernels, generation. A change reruns train and what follows it."""
+"""Numerics: determinism, packing, loss, kernels, generation. A change here reruns `train` and the stages after it."""

@@ -1,4 +1,4 @@
-"""Make torch compute the same bits every time, and say under which conditions it did."""
+"""Make torch compute the same bits every time, and record the conditions that those bits depend on."""
 
 import hashlib
 import os
@@ -13,27 +13,29 @@ import torch
 from remint.core import launch
 from remint.core.settings import Runtime
 
-# What computes besides torch: another version may round elsewhere.
+# Libraries that compute besides torch: another version may round differently.
 _LIBRARIES = ("bitsandbytes", "numpy", "peft", "transformers")
 
 
 def apply(runtime: Runtime) -> None:
-    """Fix thread count and kernels. Call before the first tensor is made."""
+    """Fix the thread count and the choice of kernels. Call it before the first tensor is created."""
     torch.set_num_threads(runtime.threads)
     if runtime.deterministic:
         torch.use_deterministic_algorithms(True)
-        # Filling new memory hides no nondeterminism of ours and breaks buffers that are filled lazily.
+        # Do not let torch fill new memory with NaN: our code never reads uninitialized memory, and filling breaks
+        # buffers that are initialized lazily.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.benchmark = False
-    torch.backends.cuda.enable_cudnn_sdp(False)  # chosen by driver and heuristics; the other back ends are torch's own
+    # The driver and heuristics choose cuDNN's attention kernels; the other backends are part of torch.
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def seed_step(seed: int, purpose: str, step: int) -> None:
-    """Set every random state as a pure function of its arguments.
+    """Set the random states of Python, NumPy and torch as a pure function of the arguments.
 
-    With this at the start of each optimizer step, nothing that happens between steps can change the training, and a
-    checkpoint needs no random state: seed and step are all there is to restore.
+    It is called at the start of each optimizer step. So nothing that happens between steps can change the training, and
+    a checkpoint stores no random state: the seed and the step number are enough.
     """
     value = int.from_bytes(hashlib.sha256(f"{seed}/{purpose}/{step}".encode()).digest()[:8], "big")
     random.seed(value)
@@ -42,7 +44,7 @@ def seed_step(seed: int, purpose: str, step: int) -> None:
 
 
 def conditions(device: torch.device) -> dict[str, str | int]:
-    """What a result's bytes depend on besides its inputs: recorded with it, compared before a run is continued."""
+    """What a result's bytes depend on besides its inputs: recorded with the result, compared before a run resumes."""
     facts: dict[str, str | int] = {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -61,7 +63,7 @@ def conditions(device: torch.device) -> dict[str, str | int]:
 
 
 def _cpu_vendor() -> str:
-    """Who made the CPU, '' where nothing says so: MKL multiplies matrices by other kernels on AMD's than on Intel's."""
+    """The CPU vendor, or '' if unknown: MKL uses different matrix product kernels on AMD's CPUs than on Intel's."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

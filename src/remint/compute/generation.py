@@ -1,4 +1,4 @@
-"""Answer prompts, greedily unless told otherwise: one function for training's samples, evaluation and chat."""
+"""Generate answers to prompts, with greedy decoding by default: shared by training samples, evaluation and chat."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from remint.model.template import Conversation, Message
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen; temperature 0 is greedy and ignores the other two."""
+    """How the next token is chosen. Temperature 0 is greedy decoding, which ignores `top_p` and `top_k`."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -39,10 +39,10 @@ def answer_all(
     done: Callable[[int], object] = lambda _: None,
     unfinished: str = "",
 ) -> list[str]:
-    """Greedy answers to many conversations, in their order; one that `max_new_tokens` cut ends in `unfinished`.
+    """Greedy answers to many conversations, in their order; one that `max_new_tokens` cut off ends in `unfinished`.
 
-    Prompts of like length are answered together, the shorter ones padded on the left and masked; `done` is told how
-    many prompts each batch finished.
+    Prompts of similar length form a batch; the shorter ones are padded on the left and masked. After each batch, `done`
+    is called with the number of prompts in it.
     """
     prompts = [conversation.prompt(tokenizer, history) for history in histories]
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
@@ -67,7 +67,7 @@ def generate(
     sampling: Sampling,
     streamer: Any = None,
 ) -> list[list[int]]:
-    """New ids for each prompt, without the token of `stop` that ended it."""
+    """New token ids for each prompt, without the token of `stop` that ended the answer."""
     chosen: dict[str, Any] = {"do_sample": False}
     if sampling.temperature > 0:
         chosen = {
@@ -95,7 +95,7 @@ def generate(
 
 
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:
-    """Text of an answer, without special tokens and without the half of a character that a length limit may leave."""
+    """The text of an answer, without special tokens and without a partial character that a length limit may leave."""
     return tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd").strip()
 
 

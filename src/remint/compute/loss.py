@@ -1,4 +1,4 @@
-"""Cross-entropy on supervised tokens only: the head never sees a prompt token, and sums are left to the caller."""
+"""Cross-entropy summed over supervised tokens only: prompt tokens skip the head, and the caller averages."""
 
 import contextlib
 import math
@@ -18,26 +18,30 @@ from remint.core.errors import SettingsError
 class SupervisedLoss(nn.Module):
     """A causal language model that returns the summed loss (nats) of a packed batch instead of logits.
 
-    The head is by far the largest matrix of a small model. Only positions with a target go through it.
+    Only positions with a target go through the head, which is by far the largest matrix of a small model.
     """
 
     def __init__(self, model: Any, fused: bool = False):
-        """`fused`: with the operations of `kernels`; `model` is a peft model then."""
+        """With `fused`, the operations of `kernels` are used; `model` must be a peft model then."""
         super().__init__()
         self.model, self.fused = model, fused
         self.decoder = kernels.install(model) if fused else None
 
     def answering(self) -> AbstractContextManager[None]:
-        """While prompts are answered: the quickest way to compute the adapter's part for a few tokens."""
+        """A context for generation: it installs the fastest LoRA forward pass for few tokens."""
         return contextlib.nullcontext() if self.decoder is None else self.decoder.answering()
 
     def skip(self, passes: int) -> None:
-        """Leave torch's random state as so many passes in training would. Raises SettingsError if nothing but them can."""
+        """Advance torch's random state as N = `passes` training passes do, and compute nothing.
+
+        Raises SettingsError if torch's own dropout is in use, because only a real pass advances the state correctly
+        then.
+        """
         drawing = kernels.skippable(self.model, self.decoder)
         if drawing is None:
             raise SettingsError(
-                "params: train.processes: must be 1 where torch's own dropout is used, for its masks would not be those of one "
-                "process; set train.kernels=fused, or train.lora.dropout=0"
+                "params: train.processes: must be 1 with torch's own dropout, because its masks would differ from "
+                "those of one process; set train.kernels=fused, or train.lora.dropout=0"
             )
         for _ in range(passes):
             for module in drawing:
@@ -51,7 +55,7 @@ class SupervisedLoss(nn.Module):
         starts: torch.Tensor,
         learned: torch.Tensor,
     ) -> torch.Tensor:
-        """Sum over all targets of a batch as `packing.collate` makes it."""
+        """Loss summed over all targets of a batch from `packing.collate`."""
         causal = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         targets = labels.flatten().index_select(0, learned)
         if self.decoder is not None:
@@ -70,9 +74,9 @@ class SupervisedLoss(nn.Module):
 def mean_loss(
     model: SupervisedLoss, documents: Sequence[Document], max_length: int, mapped: Callable[..., Iterable[float]] = map
 ) -> float:
-    """Loss per supervised token (nats) over documents no longer than `max_length`; their order does not matter.
+    """Loss per supervised token (nats) over documents no longer than `max_length`; NaN without supervised tokens.
 
-    `mapped` computes the rows' losses, as `map` does.
+    The order of the documents does not matter. `mapped` has the signature of `map` and computes the losses of the rows.
     """
     where = next(model.parameters()).device
     learned = sum(doc.learned for doc in documents)

@@ -1,7 +1,7 @@
-"""Conversations to token rows: targets shifted inside each document, documents packed into rows without being cut.
+"""Conversations to token rows: targets are shifted inside each document, and documents are packed uncut into rows.
 
-A target sits where its token is predicted and never crosses a document's border, so packing cannot change the loss;
-positions restart with every document, from which attention knows where documents end.
+A target is at the position that predicts its token and never crosses a document boundary, so packing cannot change the
+loss. Position ids restart with every document; attention derives the document boundaries from them.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +18,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Document:
-    """Ids of one conversation and, at each position, the id to predict there or IGNORED (both int32, one length)."""
+    """Token ids of one conversation, and for each position the id to predict or IGNORED (both int32, same length)."""
 
     ids: np.ndarray
     targets: np.ndarray
@@ -30,7 +30,7 @@ class Document:
 
 
 def encode(tokenizer: Any, conversation: Conversation, rows: Iterable[Mapping[str, Any]]) -> list[Document]:
-    """One document a row, in order; equal rows share one document, so copies cost neither time nor memory."""
+    """One document per row, in order. Equal rows share one Document object, so copies cost neither time nor memory."""
     known: dict[tuple[tuple[str, str], ...], Document] = {}
     documents = []
     for row in rows:
@@ -43,7 +43,7 @@ def encode(tokenizer: Any, conversation: Conversation, rows: Iterable[Mapping[st
 
 
 def document(ids: Sequence[int], learned: Sequence[bool]) -> Document:
-    """Shift: the target at a position is the next token where that one is learned."""
+    """Shift the targets: the target at a position is the next token if that token is supervised, else IGNORED."""
     tokens = np.asarray(ids, dtype=np.int32)
     targets = np.full(len(tokens), IGNORED, dtype=np.int32)
     targets[:-1] = np.where(np.asarray(learned[1:], dtype=bool), tokens[1:], IGNORED)
@@ -51,7 +51,7 @@ def document(ids: Sequence[int], learned: Sequence[bool]) -> Document:
 
 
 def cut(documents: Sequence[Document], max_length: int) -> list[Document]:
-    """Documents of at most `max_length` tokens. A longer one becomes several that keep every target, none is dropped."""
+    """Documents of at most `max_length` tokens. A longer one is split into several; no token and no target is lost."""
     return [
         Document(whole.ids[start : start + max_length], whole.targets[start : start + max_length])
         for whole in documents
@@ -60,10 +60,11 @@ def cut(documents: Sequence[Document], max_length: int) -> list[Document]:
 
 
 def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
-    """Put documents into as few rows of at most `max_length` tokens as best-fit decreasing finds; whole and all of them.
+    """Pack all documents, uncut, into few rows of at most `max_length` tokens, by best-fit decreasing.
 
-    Returns row → indices into `lengths`. Linear in the number of documents: rows are found by the space that they have
-    left, with one bit for each space that occurs (after Johnson 1974, whose bound is 11/9 of the best plus one).
+    Returns for each row its indices into `lengths`. The time is linear in the number of documents: rows are indexed by
+    their free space, with one bit for each value that occurs. Johnson (1974) bounds the number of rows by 11/9 of the
+    optimum, plus one.
     """
     rows: list[list[int]] = []
     by_space: list[list[int]] = [[] for _ in range(max_length + 1)]
@@ -86,7 +87,7 @@ def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
 
 
 def epoch_rows(lengths: Sequence[int], max_length: int, packing: bool, seed: int, epoch: int) -> list[list[int]]:
-    """The rows of one epoch in training order, each a list of document numbers: a pure function of its arguments."""
+    """The rows of one epoch in training order, each a list of document indices: a pure function of its arguments."""
     random = np.random.default_rng([seed, epoch])
     order = random.permutation(len(lengths))
     if not packing:
@@ -99,11 +100,11 @@ Batch = dict[str, torch.Tensor]
 
 
 def collate(rows: Sequence[Sequence[Document]]) -> Batch:
-    """A batch of rows: input_ids, position_ids, labels (the targets), int64 of shape (rows, longest row).
+    """A batch of rows: input_ids, position_ids and labels (the targets), int64 of shape (rows, longest row).
 
-    `starts` (int32) are where documents begin in the flattened batch, and its end; `learned` (int64) the flat positions with
-    a target. Padding is a document of its own at the end of a row, with ids
-    0 and no target: causal attention and the restarted positions keep it out of everybody's sight.
+    `starts` (int32, documents + 1) are the starts of the documents in the flattened batch, and its end. `learned`
+    (int64) are the flat positions that have a target. Padding is a document of its own at the end of a row, with ids 0
+    and no target: causal attention and the restarted positions hide it from all other documents.
     """
     width = max(sum(len(doc.ids) for doc in row) for row in rows)
     batch = {name: np.zeros((len(rows), width), dtype=np.int64) for name in ("input_ids", "position_ids", "labels")}
@@ -128,5 +129,5 @@ def collate(rows: Sequence[Sequence[Document]]) -> Batch:
 
 
 def moved(batch: Batch, where: torch.device) -> Batch:
-    """The batch with its tensors on a device."""
+    """The batch with its tensors moved to a device."""
     return {name: value.to(where) for name, value in batch.items()}

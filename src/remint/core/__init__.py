@@ -1,1 +1,1 @@
-"""What every stage imports; nothing here imports torch. A change reruns every stage."""
+"""Code that every stage uses. Nothing here imports torch. A change here makes DVC rerun every stage."""

@@ -1,4 +1,4 @@
-"""Read JSON that others may have written: a regular file of bounded size, told by its name if it is anything else."""
+"""Read JSON that others may have written: only regular files of limited size. Every fault names its file."""
 
 import contextlib
 import json
@@ -9,13 +9,16 @@ from typing import Any
 from remint.core.errors import ArtefactError, RemintError, got
 
 Fault = Callable[[str], RemintError]
-# A tokenizer of a million tokens takes 100 MB; no other file that is read whole comes near.
+# A tokenizer with a million tokens takes 100 MB. Every other file that is read in one piece is far smaller.
 _MAX_BYTES = 256 * 2**20
 _AGAIN = "make it again with `dvc repro`"
 
 
 def read_text(path: Path, cure: str, fault: Fault = ArtefactError, limit: int = _MAX_BYTES) -> str:
-    """The text of a UTF-8 file, without its byte order mark. Raises `fault` with a line that ends in `cure`."""
+    """The text of a UTF-8 file without its byte order mark. Raises `fault` with a message that ends in `cure`.
+
+    `limit` is the largest accepted size in bytes.
+    """
     with _reading_errors(path, cure, fault):
         if (size := path.stat().st_size) > limit:
             raise fault(f"{path}: must be at most {limit >> 20} MiB, got {size >> 20} MiB; {cure}")
@@ -23,12 +26,15 @@ def read_text(path: Path, cure: str, fault: Fault = ArtefactError, limit: int = 
 
 
 def read_object(path: Path, cure: str = _AGAIN) -> dict[str, Any]:
-    """The content of a JSON file that holds an object. Raises ArtefactError."""
+    """The content of a JSON file that holds an object. Raises ArtefactError for any other file."""
     return _object(read_text(path, cure), str(path), cure)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The objects of an artefact's JSONL file. Only a line feed ends a line: U+2028 and its like are text."""
+    """The objects of an artefact's JSONL file. Raises ArtefactError if a line is not an object.
+
+    Only a line feed ends a line: U+2028 and similar characters are text.
+    """
     rows = []
     with _reading_errors(path, _AGAIN, ArtefactError), path.open(encoding="utf-8", newline="\n") as file:
         for number, line in enumerate(file, start=1):
@@ -40,35 +46,35 @@ def _object(text: str, where: str, cure: str) -> dict[str, Any]:
     content = parse_json(text, where, cure)
     if not isinstance(content, dict):
         raise ArtefactError(f"{where}: must hold an object, {got(content)}; {cure}")
-    # Only an escape can bring half of a surrogate pair, which nothing could write or show.
+    # Half of a surrogate pair can only come from an escape. It could neither be written as UTF-8 nor printed.
     if "\\ud" in text.lower() and not is_encodable(json.dumps(content, ensure_ascii=False)):
         raise ArtefactError(f"{where}: holds half of a surrogate pair; {cure}")
     return content
 
 
 def parse_json(text: str, where: str, cure: str, fault: Fault = ArtefactError) -> Any:
-    """The value of a JSON text."""
+    """The value of a JSON text. Raises `fault`, with `where` in front and `cure` at the end, if it is not valid."""
     try:
         return json.loads(text)
     except RecursionError:
         raise fault(f"{where}: is nested too deeply; {cure}") from None
     except json.JSONDecodeError as error:
-        # Where the text is one line, `where` may name its line in a file of many.
+        # If the text is a single line, `where` may already name its line in a longer file.
         line = f"line {error.lineno}, " if "\n" in text.strip() else ""
-        raise fault(f"{where}: is no valid JSON at {line}column {error.colno}: {error.msg}; {cure}") from None
+        raise fault(f"{where}: is not valid JSON at {line}column {error.colno}: {error.msg}; {cure}") from None
     except ValueError as error:
-        raise fault(f"{where}: is no valid JSON: {error}; {cure}") from None
+        raise fault(f"{where}: is not valid JSON: {error}; {cure}") from None
 
 
 def is_inside(name: str) -> bool:
-    """Whether a name that others wrote is one of a file in a folder or below it, and one that a disk can hold."""
+    """Whether a name that others wrote stays inside its folder and is printable and short enough for a file system."""
     parts = PurePosixPath(name).parts
     short = name.isprintable() and all(len(part.encode()) <= 255 for part in parts) and len(name.encode()) <= 1000
     return bool(parts) and short and not name.startswith("/") and ".." not in parts
 
 
 def is_encodable(text: str) -> bool:
-    """Whether UTF-8 can hold the text: half of a surrogate pair can come from an escape or a terminal."""
+    """Whether UTF-8 can encode the text: an escape or a terminal can produce half of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -79,12 +85,12 @@ def is_encodable(text: str) -> bool:
 @contextlib.contextmanager
 def _reading_errors(path: Path, cure: str, fault: Fault) -> Iterator[None]:
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for without end
-            raise fault(f"{path}: is no regular file; {cure}")
+        if path.exists() and not path.is_file():  # reading from a pipe could block forever
+            raise fault(f"{path}: is not a regular file; {cure}")
         yield
     except FileNotFoundError:
         raise fault(f"{path}: not found; {cure}") from None
     except UnicodeDecodeError as error:
-        raise fault(f"{path}: byte {error.start} is not UTF-8, in which the file must be saved; {cure}") from None
+        raise fault(f"{path}: byte {error.start} is not UTF-8, the only encoding that is read; {cure}") from None
     except OSError as error:
         raise fault(f"{path}: cannot be read ({error.strerror}); {cure}") from None

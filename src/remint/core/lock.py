@@ -1,4 +1,4 @@
-"""One process at a time: a lock file that the kernel lets go of when its holder ends, however it ends."""
+"""One process at a time: the kernel releases the lock on a file when its holder ends, even if it is killed."""
 
 import contextlib
 import fcntl
@@ -11,11 +11,14 @@ from remint.core.errors import ArtefactError
 
 @contextlib.contextmanager
 def held(path: Path, doing: str) -> Iterator[None]:
-    """Hold the lock file at `path`, which is removed afterwards. Raises ArtefactError if another process holds it."""
+    """Hold the lock file at `path` and remove it afterwards.
+
+    Raises ArtefactError if another process holds it: "another process `doing`".
+    """
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Whoever held it may have removed the file between our two steps.
+            # The previous holder may have removed the file after we opened it and before we locked it.
             free = path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino
         except OSError:
             free = False

@@ -1,14 +1,14 @@
-"""How a stage reports numbers: it is given a function and never knows what keeps them."""
+"""How a stage reports numbers: it calls a function and does not know which tool stores them."""
 
 from collections.abc import Mapping
 from typing import Protocol
 
 
 class Log(Protocol):
-    """Take metrics of one step; a step that was logged before is logged once."""
+    """Record the metrics of one step. A step that is logged again, after a restart, is recorded once."""
 
     def __call__(self, metrics: Mapping[str, float], step: int = 0) -> None: ...
 
 
 def silent(metrics: Mapping[str, float], step: int = 0) -> None:
-    """A Log that keeps nothing."""
+    """A Log that discards everything."""

@@ -1,4 +1,4 @@
-"""Artefacts that are whole or absent: written beside their place, synced, renamed, with a manifest of checksums."""
+"""Artefacts that are complete or absent: written to a draft folder with a manifest of checksums, synced, renamed."""
 
 import contextlib
 import hashlib
@@ -16,20 +16,20 @@ from remint.core.files import is_inside, read_object
 from remint.core.lock import held
 
 NAME = "manifest.json"
-# What a manifest says of a file: {"bytes": …, "sha256": …}.
+# A manifest's record of one file: {"bytes": …, "sha256": …}.
 Entry = Mapping[str, Any]
 _FORMAT = 2
-# Files hashed at the same time: hashlib lets other threads run, and one core hashes more slowly than most disks read.
+# Number of files hashed in parallel. hashlib releases the GIL, and one core hashes more slowly than most disks read.
 _AT_ONCE = min(8, os.cpu_count() or 1)
 
 
 def dump_json(content: object) -> str:
-    """JSON whose bytes depend on the content alone: sorted keys, fixed separators, one newline at the end."""
+    """JSON whose bytes depend only on the content: sorted keys, fixed separators, one newline at the end."""
     return json.dumps(content, ensure_ascii=False, sort_keys=True, indent=2) + "\n"
 
 
 def flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested mappings, with dotted names."""
+    """The leaves of nested mappings, each with its dotted name."""
     for key, value in content.items():
         if isinstance(value, Mapping):
             yield from flat(value, f"{prefix}{key}.")
@@ -38,13 +38,13 @@ def flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def digest(content: object) -> str:
-    """sha256 (hex) of bytes, or of the canonical JSON of anything else."""
+    """sha256 (hex) of bytes, or of the canonical JSON of any other value."""
     data = content if isinstance(content, bytes) else dump_json(content).encode()
     return hashlib.sha256(data).hexdigest()
 
 
 def file_digest(path: Path) -> str:
-    """sha256 (hex) of a file, read in pieces."""
+    """sha256 (hex) of a file, read in chunks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -53,12 +53,15 @@ def file_digest(path: Path) -> str:
 def artefact(
     target: Path, kind: str, known: Mapping[str, Entry] = MappingProxyType({})
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Give a new folder to fill and a dict of facts for its manifest; on success it becomes `target`, else it vanishes.
+    """Yield a new folder to fill and a dict of facts for its manifest.
 
-    `known` may be filled meanwhile with what `checked` has found in files that are now linked there.
+    On success the folder is synced and replaces `target`. On any error it is removed.
 
-    Raises ArtefactError when the disk is full, the place cannot be written, another process is at it, or something
-    lies there that is no artefact; `target` then stays as it was.
+    `known` holds size and sha256 of files that the caller links into the folder, as `checked` found them; these files
+    are not read again. The caller may add to it until the block ends.
+
+    Raises ArtefactError if the disk is full, `target` cannot be written, another process is making it, or it holds
+    files that no stage made. `target` then stays as it was.
     """
     draft = target.parent / f".{target.name}.draft"
     facts: dict[str, Any] = {}
@@ -70,17 +73,17 @@ def artefact(
             write(draft, kind, facts, known)
             _sync_tree(draft)
             _replace(draft, target)
-    except Exception as error:  # safetensors and tokenizers tell a full disk by errors of their own
-        told = _explain(error, target)
-        if told is None:
+    except Exception as error:  # safetensors and tokenizers report a full disk by their own exception classes
+        explained = _explain(error, target)
+        if explained is None:
             raise
-        raise told from error
+        raise explained from error
 
 
 def write(folder: Path, kind: str, facts: Mapping[str, Any], known: Mapping[str, Entry] = MappingProxyType({})) -> None:
-    """Write the folder's manifest: its kind, its facts, size and sha256 of every file in it, and its own sha256.
+    """Write the folder's manifest: its kind, its facts, size and sha256 of every file, and the manifest's own sha256.
 
-    Files that are `known`, by their names from there, are not read again.
+    Files in `known`, by their names relative to the folder, are not read again.
     """
     files = {name: found for name, found in inventory(folder, known).items() if name != NAME}
     content = {"format": _FORMAT, "kind": kind, "facts": dict(facts), "files": files}
@@ -88,7 +91,7 @@ def write(folder: Path, kind: str, facts: Mapping[str, Any], known: Mapping[str,
 
 
 def inventory(folder: Path, known: Mapping[str, Entry] = MappingProxyType({})) -> dict[str, Entry]:
-    """Size and sha256 of every file under a folder, by its name from there; those that are `known` are not read."""
+    """Size and sha256 of every file under a folder, by relative name. Files in `known` are not read."""
     names = {path: path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()}
     found = described(path for path, name in names.items() if name not in known)
     return {name: found[path] if path in found else known[name] for path, name in names.items()}
@@ -100,14 +103,14 @@ def read(folder: Path, kind: str) -> dict[str, Any]:
 
 
 def verify(folder: Path, kind: str) -> dict[str, Any]:
-    """The facts of an artefact after every file of it was checked. Raises ArtefactError naming each file at fault."""
+    """Check every file of an artefact and return its facts. Raises ArtefactError that names each wrong file."""
     return _verified(folder, kind)["facts"]
 
 
 def checked(folder: Path, kind: str, known: Mapping[Path, Entry] = MappingProxyType({})) -> dict[Path, Entry]:
-    """Size and sha256 of each file of an artefact after it was checked; those that are `known` are not read.
+    """Check every file of an artefact and return size and sha256 by path. Files in `known` are not read.
 
-    Raises ArtefactError naming each file at fault.
+    Raises ArtefactError that names each wrong file.
     """
     return {folder / name: found for name, found in _verified(folder, kind, known)["files"].items()}
 
@@ -116,19 +119,19 @@ def _verified(folder: Path, kind: str, known: Mapping[Path, Entry] = MappingProx
     content = _load(folder, kind)
     faults = list(differences(folder, content["files"], known))
     if faults:
-        raise ArtefactError(*listed(f"{fault}; `dvc repro` makes it again" for fault in faults))
+        raise ArtefactError(*listed(f"{fault}; make it again with `dvc repro`" for fault in faults))
     return content
 
 
 def artefact_digest(folder: Path, kind: str) -> str:
-    """One digest that stands for all files and facts of an artefact."""
+    """One digest for all files and facts of an artefact, computed from its manifest."""
     return digest(_load(folder, kind))
 
 
 def differences(
     folder: Path, files: Mapping[str, Entry], known: Mapping[Path, Entry] = MappingProxyType({})
 ) -> Iterator[str]:
-    """Say for each file how it differs from what is recorded: missing, other content, not recorded."""
+    """Yield for each wrong file how it differs from its record: a link, missing, other content, or not recorded."""
     paths = {name: folder / name for name in files}
     there = [path for path in paths.values() if path.is_file() and not path.is_symlink()]
     present = described(path for path in there if path not in known)
@@ -136,9 +139,9 @@ def differences(
     for name, recorded in files.items():
         path = paths[name]
         if path.is_symlink():
-            yield f"{path}: is a link to elsewhere; set DVC's cache.type to reflink,copy"
+            yield f"{path}: is a symbolic link; set DVC's cache.type to reflink,copy"
         elif path not in present:
-            yield f"{path}: missing, recorded are {_describe(recorded)}"
+            yield f"{path}: missing, the record has {_describe(recorded)}"
         elif (found := present[path]) != recorded:
             yield f"{path}: content differs, {_describe(found)} instead of {_describe(recorded)}"
     all_files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
@@ -148,7 +151,7 @@ def differences(
 
 
 def described(paths: Iterable[Path]) -> dict[Path, Entry]:
-    """Size and sha256 of each file, in their order."""
+    """Size and sha256 of each file, in the given order."""
     files = list(paths)
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         digests = list(pool.map(file_digest, files))
@@ -156,13 +159,13 @@ def described(paths: Iterable[Path]) -> dict[Path, Entry]:
 
 
 def _describe(facts: Entry) -> str:
-    return f"{facts['bytes']} bytes of sha256 {facts['sha256'][:12]}…"
+    return f"{facts['bytes']} bytes with sha256 {facts['sha256'][:12]}…"
 
 
 def _load(folder: Path, kind: str) -> dict[str, Any]:
     path = folder / NAME
     if not path.exists():
-        raise ArtefactError(f"{folder}: no {NAME} there; make it with `dvc repro`")
+        raise ArtefactError(f"{folder}: has no {NAME}; make it with `dvc repro`")
     content = read_object(path)
     if content.get("format") != _FORMAT or content.get("kind") != kind:
         found = f"{content.get('kind')} of format {content.get('format')}"
@@ -175,12 +178,14 @@ def _load(folder: Path, kind: str) -> dict[str, Any]:
         )
     files, facts = content.get("files"), content.get("facts")
     if not isinstance(facts, dict) or not isinstance(files, dict) or not all(map(_is_entry, files.items())):
-        raise ArtefactError(f"{path}: does not list files of {folder} with their sizes; make it again with `dvc repro`")
+        raise ArtefactError(
+            f"{path}: must list the files of {folder} with size and sha256; make it again with `dvc repro`"
+        )
     return content
 
 
 def _is_entry(entry: tuple[str, Any]) -> bool:
-    """Whether a manifest's line names a file inside its folder, with a size and a sha256."""
+    """Whether an entry of a manifest names a file inside its folder and records its size and sha256."""
     name, recorded = entry
     return (
         is_inside(name)
@@ -191,9 +196,11 @@ def _is_entry(entry: tuple[str, Any]) -> bool:
 
 
 def _check_place(target: Path) -> None:
-    """Refuse to replace what no stage has made: a wrong value under `paths` must not cost a folder of the user's."""
+    """Refuse to replace a folder that no stage made: a wrong value under `paths` must not delete the user's files."""
     if target.is_dir() and not (target / NAME).exists() and any(target.iterdir()):
-        raise ArtefactError(f"{target}: holds files of no artefact, which would be lost; move them or change `paths`")
+        raise ArtefactError(
+            f"{target}: holds files that no stage made, and they would be lost; move them or change `paths`"
+        )
 
 
 @contextlib.contextmanager
@@ -208,7 +215,8 @@ def _fresh(draft: Path) -> Iterator[None]:
 
 def _sync_tree(folder: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
-        # Safetensors writes files that only their owner may read; folders would be as the user's umask is.
+        # safetensors creates files that only the owner may read, and the modes of folders follow the user's umask.
+        # Fixed modes let other users read the artefact.
         path.chmod(0o755 if path.is_dir() else 0o644)
         sync(path)
 

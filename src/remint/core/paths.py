@@ -1,4 +1,4 @@
-"""Where the pipeline keeps what it reads and makes; the values are in params.yaml and nowhere else."""
+"""The folders that the pipeline reads and writes. Their values are in params.yaml and nowhere else."""
 
 import os
 from dataclasses import dataclass, fields
@@ -9,14 +9,14 @@ from remint.core.errors import SettingsError, got
 PARAMS = Path("params.yaml")
 PIPELINE = Path("dvc.yaml")
 CONF = Path("conf")
-# Unfinished work: never an artefact, never in git, safe to delete when nothing runs. An experiment that DVC runs in a
-# temporary tree keeps it in the repository, so that the next try finds it.
+# Unfinished work: never an artefact, never in git, safe to delete when nothing runs. DVC can run an experiment in a
+# temporary tree; this folder is still in the repository then, so that the next try finds it.
 SCRATCH = Path(os.environ.get("DVC_ROOT", "")) / ".scratch"
 
 
 @dataclass(frozen=True)
 class Paths:
-    """Folders relative to the root of the repository, one an artefact."""
+    """Folders relative to the root of the repository, one for the sources and one for each artefact."""
 
     source: Path
     dataset: Path
@@ -28,13 +28,14 @@ class Paths:
 
     def __post_init__(self) -> None:
         faults = [
-            f"params.yaml: paths.{name}: must lie inside the repository, {got(str(path))}; "
+            f"params.yaml: paths.{name}: must be inside the repository, {got(str(path))}; "
             f"use a relative path without '..', like data/{name}"
             for name, path in vars(self).items()
             if path.is_absolute() or ".." in path.parts or path == Path()
         ]
         faults += [
-            f"params.yaml: paths.{name}: must share no folder with paths.{other}, {got(str(path))}; give each its own"
+            f"params.yaml: paths.{name}: must not share a folder with paths.{other}, {got(str(path))}; "
+            f"give each its own"
             for name, path in vars(self).items()
             for other, place in vars(self).items()
             if name != other and (path == place or place in path.parents)
@@ -43,5 +44,5 @@ class Paths:
             raise SettingsError(*faults)
 
 
-# Everything but the sources, which people write, is made by a stage: its kind is the name of its place.
+# Users write the sources; a stage makes every other folder. The kind of an artefact is the name of its folder here.
 ARTEFACTS = tuple(field.name for field in fields(Paths) if field.name != "source")

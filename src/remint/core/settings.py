@@ -1,4 +1,4 @@
-"""What settings classes are made of: checks of their ranges, names of dtypes, and the section that several stages share."""
+"""Parts of settings classes: range checks, names of dtypes, and the section that several stages share."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Runtime:
-    """How the numbers are computed: another value changes the result's bytes."""
+    """How numbers are computed. A different value changes the bytes of the result."""
 
     threads: int
     deterministic: bool
@@ -19,7 +19,7 @@ class Runtime:
 
 
 def check_ranges(section: str, *rules: tuple[bool, str, object, str]) -> None:
-    """Raise one SettingsError that lists every broken rule (holds, setting, value, what it must be)."""
+    """Raise one SettingsError that lists every broken rule. A rule is (holds, setting, value, what it must be)."""
     faults = [f"{section}.{name}: {must}, {got(value)}" for holds, name, value, must in rules if not holds]
     if faults:
         raise SettingsError(*faults)

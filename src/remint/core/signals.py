@@ -1,4 +1,4 @@
-"""What a process does when it is asked to end."""
+"""How a process handles the signals that ask it to stop."""
 
 import contextlib
 import signal
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def handled(receive: Callable[[int, object], None]) -> Iterator[None]:
-    """Let `receive` have SIGTERM and SIGINT, by number and frame, in place of what had them before. Main thread alone."""
+    """Handle SIGTERM and SIGINT with `receive(number, frame)`, then restore the old handlers. Main thread only."""
     previous = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield

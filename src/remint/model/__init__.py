@@ -1,1 +1,4 @@
-"""A base model and its conversation template: loading, quantization, LoRA. A change reruns every stage with torch."""
+"""The base model and its conversation template: loading, quantization, LoRA.
+
+A change here makes DVC rerun every stage that uses torch.
+"""

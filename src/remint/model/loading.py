@@ -1,4 +1,4 @@
-"""Load a model and its tokenizer from a folder, and refuse what cannot be used before memory is taken."""
+"""Load a model and its tokenizer from a folder, and refuse unusable files before memory is allocated."""
 
 import contextlib
 import os
@@ -14,47 +14,50 @@ from remint.core import settings
 from remint.core.errors import ArtefactError, RemintError, SettingsError, got, no_room, one_line, out_of_memory
 from remint.core.files import read_object
 
-# A bar for each load of a model hides the bars that matter.
+# A progress bar for each model load would hide the bars that matter.
 transformers_logging.disable_progress_bar()
 
 TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in settings.DTYPES}
-# Architectures whose code is in transformers and whose layers the stages were tried with. Others may well work:
-# add the name and run `make recipe NAME=smoke && make repro` with such a model.
+# Architectures that transformers implements and that the stages were tried with. Others may work as well: add the name
+# and run `make recipe NAME=smoke && make repro` with such a model.
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 _MOST_LAYERS = 1000
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 def device() -> torch.device:
-    """Where to compute: $REMINT_DEVICE if set, else the first GPU, else the CPU. Never a declared setting."""
+    """Where to compute: $REMINT_DEVICE if set, else the first GPU, else the CPU. It is never a setting in params.yaml.
+
+    Raises SettingsError if $REMINT_DEVICE is unknown or torch cannot use a GPU.
+    """
     choice = os.environ.get("REMINT_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
     if choice not in ("cpu", "cuda"):
-        raise SettingsError(f"REMINT_DEVICE: must be cpu or cuda, {got(choice)}; unset it to take what there is")
+        raise SettingsError(f"REMINT_DEVICE: must be cpu or cuda, {got(choice)}; unset it to use a GPU if there is one")
     if choice == "cuda" and not torch.cuda.is_available():
         raise SettingsError("REMINT_DEVICE: no GPU that torch can use, got 'cuda'; unset it to compute on the CPU")
     return torch.device(choice)
 
 
 def check_config(folder: Path) -> None:
-    """Refuse a config.json that asks for foreign code or an architecture nobody tried. Raises ArtefactError."""
+    """Refuse a config.json that requests custom code or an untried architecture. Raises ArtefactError."""
     path = folder / "config.json"
     check_content(read_object(path, "the folder must hold a Hugging Face model"), path)
 
 
 def check_content(config: Mapping[str, Any], path: Path) -> None:
-    """The same for what stands in the file at `path`."""
-    faults = [f"{path}: asks for foreign code in {key!r}; remove the field" for key in _foreign_code(config)]
+    """Like `check_config`, for the content of the file at `path`."""
+    faults = [f"{path}: requests custom code in {key!r}; remove the field" for key in _foreign_code(config)]
     kind, layers = config.get("model_type"), config.get("num_hidden_layers", 0)
     if kind not in ARCHITECTURES:
         faults.append(f"{path}: model_type must be one of {', '.join(ARCHITECTURES)}, {got(kind)}; choose another base")
     if config.get("quantization_config"):
         faults.append(
-            f"{path}: must be of full precision, got a quantization_config; get the weights that it was made from"
+            f"{path}: must not be quantized, got a quantization_config; get the original full-precision weights"
         )
-    # Each layer is made as an object before any size can be compared, so a wild number would never come to an end.
+    # Each layer becomes an object before any size can be compared, so a huge number would run without end.
     if type(layers) is not int or layers > _MOST_LAYERS:
         faults.append(
-            f"{path}: num_hidden_layers must be a number up to {_MOST_LAYERS}, {got(layers)}; get the file again"
+            f"{path}: num_hidden_layers must be an integer up to {_MOST_LAYERS}, {got(layers)}; get the file again"
         )
     if faults:
         raise ArtefactError(*faults)
@@ -62,33 +65,42 @@ def check_content(config: Mapping[str, Any], path: Path) -> None:
 
 @contextlib.contextmanager
 def understood(where: Path, what: str) -> Iterator[None]:
-    """Turn whatever transformers and tokenizers raise about a file that they cannot read into an ArtefactError."""
+    """Turn any exception of transformers or tokenizers about an unreadable file into an ArtefactError.
+
+    Our own errors, a lack of memory and a full disk pass through unchanged.
+    """
     try:
         yield
-    except Exception as error:  # they raise what comes to hand: KeyError, AssertionError, a bare Exception from Rust
+    except Exception as error:  # they raise many kinds: KeyError, AssertionError, a bare Exception from Rust
         if isinstance(error, RemintError) or out_of_memory(error) or no_room(error):
             raise
-        raise ArtefactError(f"{where}: {what} ({one_line(error)}); get it again from where it came from") from error
+        raise ArtefactError(f"{where}: {what} ({one_line(error)}); get it again from its source") from error
 
 
 def load_tokenizer(folder: Path, gguf: str | None = None) -> Any:
-    """The tokenizer of an artefact or, with `gguf`, of that file in the folder. Raises ArtefactError if it cannot be used."""
+    """The tokenizer of an artefact or, with `gguf`, of that GGUF file in the folder.
+
+    Raises ArtefactError if it cannot be used.
+    """
     for name in _TOKENIZER_FILES:
         if gguf is None and (folder / name).exists():
             read_object(folder / name, "get the file again")
-    with understood(folder, "has no tokenizer that can be read; tokenizer.json must hold one"):
+    with understood(folder, "has no tokenizer that can be read, tokenizer.json must hold one"):
         found = AutoTokenizer.from_pretrained(folder, gguf_file=gguf, trust_remote_code=False, local_files_only=True)
-        # Some of its settings are looked at only when it is used, one of them for a token that it does not know.
+        # Some settings are checked only on use, one of them only for an unknown token.
         found.decode(found.encode("a", add_special_tokens=False))
-        found.convert_tokens_to_ids("no token of anybody's")
+        found.convert_tokens_to_ids("a token of no vocabulary")
     return found
 
 
 def load_model(folder: Path, dtype: torch.dtype, where: torch.device) -> Any:
-    """A causal language model in `dtype`, every tensor found and none left over. Raises ArtefactError otherwise."""
+    """A causal language model in `dtype` on `where`, in evaluation mode.
+
+    Raises ArtefactError if a tensor of config.json is missing from the weights, or the weights have any other tensor.
+    """
     described = sum(parameter.numel() for parameter in empty_model(folder).parameters())
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    # A parameter takes a byte at the least. What is missing would be allocated before it is told.
+    # A parameter takes at least one byte. transformers would allocate missing tensors before it reports them.
     if described > stored:
         raise ArtefactError(
             f"{folder}: config.json describes {described} parameters, the weights have {stored} bytes; get them again"
@@ -110,7 +122,10 @@ def load_model(folder: Path, dtype: torch.dtype, where: torch.device) -> Any:
 
 
 def empty_model(folder: Path) -> Any:
-    """The model that config.json describes, with shapes but without weights."""
+    """The model that config.json describes, with shapes but without weights (on torch's meta device).
+
+    Raises ArtefactError if config.json is refused or describes no model.
+    """
     check_config(folder)
     with understood(folder / "config.json", "describes no model that can be built"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)

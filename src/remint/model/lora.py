@@ -1,4 +1,4 @@
-"""Put a LoRA adapter on a model (Hu et al. 2021)."""
+"""Add a LoRA adapter to a model (Hu et al. 2021)."""
 
 from collections.abc import Iterable
 
@@ -10,7 +10,10 @@ from remint.model.qlora import Lora
 
 
 def add_lora(model: nn.Module, settings: Lora) -> PeftModel:
-    """Freeze the model and put a fresh adapter on it; B starts at zero, A from the current random state (fp32)."""
+    """Freeze the model and add a new adapter in fp32. B starts at zero; A is drawn from the current random state.
+
+    Raises SettingsError if a target is not a linear layer of the model.
+    """
     check_targets(settings.targets, linears_by_suffix(model))
     config = LoraConfig(
         r=settings.rank,
@@ -24,14 +27,15 @@ def add_lora(model: nn.Module, settings: Lora) -> PeftModel:
 
 
 def linears_by_suffix(model: nn.Module) -> set[str]:
-    """Last parts of the names of all linear layers, quantized ones and the head included."""
+    """Last parts of the names of all linear layers, including quantized layers and the head."""
     return {name.rpartition(".")[2] for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
 
 
 def check_targets(targets: Iterable[str], known: set[str]) -> None:
-    """Raise SettingsError for a LoRA target that the model does not have."""
+    """Raise SettingsError that lists the LoRA targets that the model does not have."""
     wrong = [target for target in targets if target not in known]
     if wrong:
         raise SettingsError(
-            f"params: train.lora.targets: the base has no layer of that name, {got(wrong)}; choose from {', '.join(sorted(known))}"
+            f"params: train.lora.targets: the base has no layer of that name, {got(wrong)}; "
+            f"choose from {', '.join(sorted(known))}"
         )

@@ -1,4 +1,4 @@
-"""What QLoRA is told: how the frozen base is held, and the shape of the adapter. No more than values, quick to import."""
+"""Settings of QLoRA: how the frozen base is stored, and the shape of the adapter. Values only, so quick to import."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from remint.core.settings import check_ranges
 
 @dataclass(frozen=True)
 class Quantization:
-    """How the frozen base is held while training: QLoRA's NF4, as the tutorial had it, or not at all."""
+    """How the frozen base is stored during training: NF4 (as in QLoRA and the tutorial), FP4 or unquantized."""
 
     kind: str
     double: bool
@@ -25,7 +25,7 @@ class Quantization:
 
 @dataclass(frozen=True)
 class Lora:
-    """Shape of the adapter. `targets` are names of linear layers; the head is never adapted unless named."""
+    """Shape of the adapter. `targets` are names of linear layers; the head is adapted only if it is named."""
 
     rank: int
     alpha: float

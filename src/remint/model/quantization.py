@@ -1,4 +1,4 @@
-"""Quantize the frozen base as QLoRA does: NF4 blocks with quantized scales (Dettmers et al. 2023)."""
+"""Quantize the frozen base as in QLoRA: NF4 blocks with quantized scales (Dettmers et al. 2023)."""
 
 import torch
 from torch import nn
@@ -8,13 +8,13 @@ from remint.model.qlora import Quantization
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers that are quantized and may be adapted: all but the head."""
+    """The linear layers that are quantized and may be adapted, by name: all except the head."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer is not head}
 
 
 def dequantized(weight: torch.Tensor, settings: Quantization) -> torch.Tensor:
-    """The weight as QLoRA's forward pass sees it: rounded to 4 bits and back, same shape and dtype."""
+    """The weight as QLoRA's forward pass uses it: rounded to 4 bits and dequantized, same shape and dtype."""
     if settings.kind == "none":
         return weight
     packed, state = quantize_4bit(
@@ -25,10 +25,10 @@ def dequantized(weight: torch.Tensor, settings: Quantization) -> torch.Tensor:
 
 @torch.no_grad()
 def quantize(model: nn.Module, settings: Quantization) -> None:
-    """Quantize every linear layer but the head, in place.
+    """Quantize every linear layer except the head, in place.
 
-    `once` keeps the rounded weights at full precision: the very values that 4-bit layers compute with, without
-    unpacking them for each product. `each_use` keeps 4 bits in memory.
+    `once` keeps the rounded weights at full precision. They are exactly the values that 4-bit layers compute with, but
+    no product has to dequantize them. `each_use` keeps 4 bits in memory.
     """
     if settings.kind == "none":
         return
@@ -60,6 +60,7 @@ def _linear_4bit(layer: nn.Linear, settings: Quantization) -> nn.Module:
         module=packed,
     )._quantize(where)
     packed.bias = layer.bias
-    # On CPUs with AVX512-BF16 an evaluation would repack the weights with a loss and training would go on with that.
+    # On CPUs with AVX512-BF16, bitsandbytes would repack the weights in an evaluation. That loses precision, and
+    # training would continue with the repacked weights.
     packed.support_avx512bf16_for_cpu = False
     return packed

@@ -1,10 +1,12 @@
-"""One conversation template renders training, evaluation, chat and serving, and travels with every model.
+"""One conversation template for training, evaluation, chat and serving. It is stored with every model.
 
-Ids are made turn by turn, not from one long string: markers are looked up as special tokens, while what a person wrote is
-tokenized with special tokens switched off. So text that spells a marker never becomes one, and the loss mask needs no
-search for where an answer starts. Text goes on from the plain words of the markup before it ("user" and a newline), so a
-tokenizer that joins pieces across that border, or marks the start of a text, gives the ids of the whole string. Only
-an answer always starts with a token of its own, because a model has to write it.
+Ids are made turn by turn, not from one long string. Markers are tokenized as special tokens; text that a user wrote is
+tokenized with special tokens switched off. So text that spells a marker never becomes one, and the loss mask is known
+without a search for the start of an answer.
+
+Text is tokenized together with the plain words of the markup before it ("user" and a newline). Some tokenizers join
+pieces across that border or mark the start of a text; they then give the same ids as for the complete string. Only an
+answer always starts with a new token, because the model has to generate it.
 """
 
 import json
@@ -37,7 +39,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Template:
-    """How a conversation becomes tokens. `end` closes an answer and is learned; `stop` are the tokens that end one."""
+    """How a conversation becomes tokens. `end` closes an answer and is learned. Any token of `stop` ends generation."""
 
     bos: str
     system: Turn
@@ -55,28 +57,28 @@ class Template:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A template together with the system text that is used where a conversation brings none ('' for no system turn)."""
+    """A template and the default system prompt of conversations that have none ('' means no system turn)."""
 
     template: Template
     system: str
 
     def save(self, folder: Path) -> None:
-        """Write template.json for this project and the same as Jinja for transformers."""
+        """Write template.json for this project and the same template as Jinja for transformers."""
         (folder / NAME).write_text(dump_json(asdict(self)), encoding="utf-8")
         (folder / JINJA_NAME).write_text(self.jinja(), encoding="utf-8")
 
     def with_system(self, system: str) -> "Conversation":
-        """The same template with another default system text."""
+        """The same template with another default system prompt."""
         return replace(self, system=system)
 
     def messages(self, history: Sequence[Message]) -> list[Message]:
-        """The conversation with the default system text in front, unless it brings its own."""
+        """The conversation with the default system prompt in front, unless it has its own."""
         if self.system and (not history or history[0]["role"] != "system"):
             return [{"role": "system", "content": self.system}, *history]
         return list(history)
 
     def encode(self, tokenizer: Any, history: Sequence[Message]) -> tuple[list[int], list[bool]]:
-        """Ids of a whole conversation and, for each, whether it is learned: the assistant's text and its end token."""
+        """Ids of a complete conversation and, for each id, whether it is learned: answers and their end tokens are."""
         ids: list[int] = []
         learned: list[bool] = []
 
@@ -97,7 +99,7 @@ class Conversation:
         return ids, learned
 
     def prompt(self, tokenizer: Any, history: Sequence[Message]) -> list[int]:
-        """Ids up to where the assistant's next answer starts: the same prefix that training saw."""
+        """Ids up to the start of the assistant's next answer: the same prefix as in training."""
         ids, _ = self.encode(tokenizer, history)
         return ids + _markup(tokenizer, self.template.assistant.before)
 
@@ -106,7 +108,7 @@ class Conversation:
         return [tokenizer.convert_tokens_to_ids(token) for token in self.template.stop]
 
     def jinja(self) -> str:
-        """The template in the form that transformers and other tools read; it renders what `encode` renders."""
+        """The template as Jinja, which transformers and other tools read. It renders the same text as `encode`."""
         t = self.template
         lines = [
             f"{{{{- {_quote(t.bos)} }}}}" if t.bos else "",
@@ -132,7 +134,7 @@ class Conversation:
 
 
 def load(folder: Path) -> Conversation:
-    """The conversation template that travels with an artefact."""
+    """The conversation template that is stored with an artefact. Raises ArtefactError if it is missing or not valid."""
     content = read_object(folder / NAME)
     try:
         fields = content["template"]
@@ -140,16 +142,16 @@ def load(folder: Path) -> Conversation:
         markup = (text for turn in turns.values() for text in (turn.before, turn.after))
         plain = [fields["bos"], fields["end"], *fields["stop"], content["system"], *markup]
         if not isinstance(fields["stop"], list) or not all(isinstance(text, str) for text in plain):
-            raise TypeError("a field that is no text")
+            raise TypeError("a field that is not text")
         return Conversation(Template(**{**fields, **turns}), content["system"])
     except (KeyError, TypeError) as error:
         raise ArtefactError(
-            f"{folder / NAME}: is no template, {got(str(error))}; make it again with `dvc repro`"
+            f"{folder / NAME}: is not a valid template, {got(str(error))}; make it again with `dvc repro`"
         ) from None
 
 
 def read_conversations(path: Path) -> list[dict[str, Any]]:
-    """The rows of a data set's file, each with `messages` that a template can render. Raises ArtefactError."""
+    """The rows of a dataset's file. Raises ArtefactError if a row has no `messages` that a template can render."""
     rows = read_rows(path)
     wrong = [number for number, row in enumerate(rows, start=1) if not _is_conversation(row.get("messages"))]
     if wrong:
@@ -158,7 +160,7 @@ def read_conversations(path: Path) -> list[dict[str, Any]]:
 
 
 def is_message(message: Any) -> bool:
-    """Whether it has a role that a template knows and content that is text, as far as UTF-8 can hold it."""
+    """Whether `message` has a role that a template knows and, as content, text that UTF-8 can encode."""
     return (
         isinstance(message, dict)
         and message.get("role") in ROLES
@@ -176,7 +178,7 @@ def _markup(tokenizer: Any, text: str) -> list[int]:
 
 
 def _opened(tokenizer: Any, before: str, content: str, apart: bool) -> tuple[list[int], list[int]]:
-    """Ids of a turn's markup and of its text, which no token belongs to both of if they are kept `apart`."""
+    """Ids of a turn's markup and of its text. With `apart`, no token covers a part of both."""
     markers = "|".join(re.escape(token) for token in sorted(tokenizer.added_tokens_encoder, key=len, reverse=True))
     words = re.split(markers, before)[-1] if markers else before
     start, whole = plain_ids(tokenizer, words), plain_ids(tokenizer, words + content)
@@ -188,7 +190,7 @@ def _opened(tokenizer: Any, before: str, content: str, apart: bool) -> tuple[lis
 
 
 def plain_ids(tokenizer: Any, text: str) -> list[int]:
-    """Ids of what a person wrote: no marker that it spells becomes one."""
+    """Ids of text that a user wrote: a marker that it spells stays text."""
     return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) if text else []
 
 

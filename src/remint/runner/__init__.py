@@ -1,1 +1,1 @@
-"""What runs a stage: settings, tracking, fingerprints, processes. No stage imports it, so a change reruns nothing."""
+"""Runs the stages: settings, tracking, fingerprints, processes. No stage imports it, so a change reruns nothing."""

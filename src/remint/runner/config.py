@@ -1,13 +1,13 @@
-"""A stage's settings: conf/<group>/<choice>.yaml < params.yaml < the command line, and only what the stage declares.
+"""A stage's settings. Later sources override earlier ones: conf/<group>/<choice>.yaml, params.yaml, the command line.
 
-The arguments of a stage's `run` are the sections that dvc.yaml declares for it, so a stage cannot read a setting
-whose change would not rerun it. Hydra composes them, so a sweep by DVC and a command by hand mean the same.
+A stage receives only the sections of params.yaml that dvc.yaml declares for it. So it cannot read a setting whose
+change would not rerun it. Hydra composes the settings, so a DVC sweep and a command typed by hand mean the same.
 """
 
 import difflib
 import io
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field, fields, is_dataclass, make_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -27,18 +27,14 @@ from remint.core.files import is_encodable, read_text
 from remint.core.paths import CONF, PARAMS, Paths
 from remint.runner.typed import alternatives, build, wrong_types
 
-# Arguments of `run` that are not settings of the stage itself.
-_SUPPLIED = ("log", "fingerprint", "dependencies", "return")
 _MAX_YAML_BYTES, _MAX_YAML_DEPTH = 2**20, 20
 
 
-def sections(run: Callable[..., None]) -> dict[str, Any]:
-    """The sections a stage asks for, each with its type."""
-    return {name: kind for name, kind in get_type_hints(run).items() if name not in _SUPPLIED}
-
-
 def load_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping as Hydra reads it: 1e-4 is a number here, while yaml.safe_load makes it a string."""
+    """Read a YAML mapping as Hydra does. 1e-4 is a number here, but a string for yaml.safe_load.
+
+    Raises SettingsError.
+    """
     text = read_text(
         path, "run this at the root of the repository, or get the file again", SettingsError, _MAX_YAML_BYTES
     )
@@ -46,72 +42,72 @@ def load_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str, path: Path) -> dict[str, Any]:
-    """The same for a text; `path` is where it stands."""
+    """Parse YAML text in the same way. `path` is the file that errors name. Raises SettingsError."""
     try:
         _check_events(text)
         content = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
-    except Exception as error:  # PyYAML and OmegaConf raise many kinds, a KeyError or IndexError among them
-        raise SettingsError(f"{path}: is no valid YAML: {one_line(error)}; mend that line") from None
+    except Exception as error:  # PyYAML and OmegaConf raise many types, even KeyError and IndexError
+        raise SettingsError(f"{path}: is no valid YAML: {one_line(error)}; correct that line") from None
     if not isinstance(content, dict):
         raise SettingsError(f"{path}: must be a mapping of sections, {got(content)}; `git checkout {path}` restores it")
     return {str(key): value for key, value in content.items()}
 
 
-def compose(run: Callable[..., None], overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The arguments for `run`, typed and checked, from params.yaml and `overrides` like `train.lr=1e-3`."""
-    return to_objects(run, compose_raw(run, overrides), overrides)
+def compose(sections: Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Compose `sections` from params.yaml and `overrides` like `train.lr=1e-3`; returns typed, checked values by name.
+
+    `sections` maps each section's name to its type. Raises SettingsError.
+    """
+    return to_objects(sections, compose_raw(sections, overrides), overrides)
 
 
-def compose_raw(run: Callable[..., None], overrides: Sequence[str] = ()) -> DictConfig:
-    """The stage's composed configuration as Hydra gives it: what `--cfg` prints and a fingerprint covers."""
-    params, wanted = load_yaml(PARAMS), sections(run)
-    absent = [name for name in wanted if name not in params]
+def compose_raw(sections: Mapping[str, Any], overrides: Sequence[str] = ()) -> DictConfig:
+    """Compose `sections` with Hydra: `--cfg` prints the result and the fingerprint covers it. Raises SettingsError."""
+    params = load_yaml(PARAMS)
+    absent = [name for name in sections if name not in params]
     if absent:
         raise SettingsError(
-            *(f"{PARAMS}: section {name!r} is missing; `make recipe` shows whole files" for name in absent)
+            *(f"{PARAMS}: section {name!r} is missing; copy it from {CONF / 'params.yaml'}" for name in absent)
         )
     if faults := [fault for entry in overrides for fault in _text_faults(entry, entry.partition("=")[0])]:
         raise SettingsError(*faults)
-    groups = [name for name in wanted if (CONF / name).is_dir()]
+    groups = [name for name in sections if (CONF / name).is_dir()]
     for group in groups:
         _check_choice(group, params[group], overrides)
-    defaults: list[Any] = [f"schema_{name}" for name, kind in wanted.items() if is_dataclass(kind)]
+    defaults: list[Any] = [f"schema_{name}" for name, kind in sections.items() if is_dataclass(kind)]
     defaults += [{group: params[group]} for group in groups] + ["_self_"]
-    node = {"defaults": defaults, **{name: params[name] for name in wanted if name not in groups}}
-    # Before OmegaConf sees the values: it would make the text "True" of a maker called yes.
-    faults = [fault for name, kind in wanted.items() for fault in _file_faults(name, kind, params[name], overrides)]
-    faults += [fault for entry in overrides for fault in _override_faults(entry, wanted)]
+    node = {"defaults": defaults, **{name: params[name] for name in sections if name not in groups}}
+    # Checked before OmegaConf sees the values: it would turn a maker called yes into the text "True".
+    faults = [fault for name, kind in sections.items() for fault in _file_faults(name, kind, params[name], overrides)]
+    faults += [fault for entry in overrides for fault in _override_faults(entry, sections)]
     if faults:
         raise SettingsError(*faults)
     try:
-        config = _compose(node, wanted, overrides)
+        config = _compose(node, sections, overrides)
     except (HydraException, OmegaConfBaseException) as error:
-        raise SettingsError(_explain(error, wanted)) from None
+        raise SettingsError(_explain(error, sections)) from None
     if faults := [*_text_faults(OmegaConf.to_container(config), "")]:
         raise SettingsError(*faults)
     return config
 
 
 def places() -> Paths:
-    """Where the artefacts lie, by params.yaml."""
-
-    def wanted(paths: Paths) -> None: ...
-
-    return compose(wanted)["paths"]
+    """The folders of the artefacts, as params.yaml sets them. Raises SettingsError."""
+    return compose({"paths": Paths})["paths"]
 
 
-def to_objects(run: Callable[..., None], config: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
-    """Turn the composed configuration into the typed arguments of `run`; their own range checks happen here.
+def to_objects(sections: Mapping[str, Any], config: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
+    """Turn the composed configuration into typed values, one per section. Each settings class checks its own ranges.
 
-    `overrides` are those that it was composed with: a fault names the place that its value comes from.
+    `overrides` must be those that composed it: an error names the place where the value was set. Raises SettingsError.
     """
     try:
         container: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise SettingsError(_explain(error, sections(run))) from None
+        raise SettingsError(_explain(error, sections)) from None
     arguments: dict[str, Any] = {}
     faults: list[str] = []
-    for name, kind in sections(run).items():
+    for name, kind in sections.items():
         try:
             value = build(kind, container.get(name), name)
             if name == "seed" and not 0 <= value < 2**32:
@@ -122,15 +118,15 @@ def to_objects(run: Callable[..., None], config: DictConfig, overrides: Sequence
                 f"params: {fault}; change it {_place(fault.partition(':')[0], overrides)}" for fault in error.faults
             ]
         except OmegaConfBaseException as error:
-            faults.append(_explain(error, sections(run)))
+            faults.append(_explain(error, sections))
     if faults:
         raise SettingsError(*faults)
     return arguments
 
 
-def _compose(node: dict[str, Any], wanted: dict[str, Any], overrides: Sequence[str]) -> DictConfig:
+def _compose(node: dict[str, Any], sections: Mapping[str, Any], overrides: Sequence[str]) -> DictConfig:
     store = ConfigStore.instance()
-    for name, kind in wanted.items():
+    for name, kind in sections.items():
         if is_dataclass(kind):
             store.store(name=f"schema_{name}", node=_schema(kind), package=name)
     store.store(name="stage", node=node)
@@ -140,7 +136,7 @@ def _compose(node: dict[str, Any], wanted: dict[str, Any], overrides: Sequence[s
 
 
 def _schema(kind: Any) -> type:
-    """A twin of a settings class that OmegaConf may fill: it makes frozen classes read-only before it has read them."""
+    """A copy of a settings class that is not frozen: OmegaConf makes frozen classes read-only before it fills them."""
     hints = get_type_hints(kind)
     twins = [
         (
@@ -154,7 +150,7 @@ def _schema(kind: Any) -> type:
 
 
 def _file_faults(name: str, kind: Any, value: Any, overrides: Sequence[str]) -> Iterator[str]:
-    """What is of a wrong type in a section of params.yaml, or in the file of conf/ that it names."""
+    """Values of a wrong type in a section of params.yaml, or in the conf/ file that the section names."""
     path = PARAMS
     if (CONF / name).is_dir():
         path = CONF / name / f"{_chosen(name, value, overrides)}.yaml"
@@ -163,21 +159,21 @@ def _file_faults(name: str, kind: Any, value: Any, overrides: Sequence[str]) -> 
         yield f"params: {setting}: {fault}; {cure} in {path}"
 
 
-def _override_faults(entry: str, wanted: dict[str, Any]) -> Iterator[str]:
-    """What is wrong with a setting of the command line that names one of the `wanted`."""
+def _override_faults(entry: str, sections: Mapping[str, Any]) -> Iterator[str]:
+    """Faults of one command-line setting, with a type check if it is in one of `sections`."""
     try:
         (override,) = OverridesParser.create().parse_overrides([entry])
     except (HydraException, OmegaConfBaseException, RecursionError):
-        yield f"command line: is no setting, {got(entry)}; write name=value, like train.lr=1e-3, with quotes around odd text"
+        yield f"command line: is no setting, {got(entry)}; write name=value, like train.lr=1e-3, and quote odd text"
         return
     if override.is_add() or override.is_delete():
-        yield f"command line: no setting can be added or taken away, {got(entry)}; write name=value"
+        yield f"command line: no setting can be added or removed, {got(entry)}; write name=value"
         return
-    kind = _kind(override.key_or_group, wanted)
+    kind = _kind(override.key_or_group, sections)
     if kind is None or override.is_sweep_override():
         return
     value = override.value()
-    # A shell takes quotes away, so a number may be meant as text.
+    # The shell removes quotes, so a number may be meant as text.
     if type(value) in (int, float) and str in alternatives(kind):
         value = str(value)
     if not is_dataclass(kind) or not isinstance(value, dict):
@@ -185,19 +181,19 @@ def _override_faults(entry: str, wanted: dict[str, Any]) -> Iterator[str]:
             yield f"params: {setting}: {fault}; {cure} on the command line"
 
 
-def _kind(setting: str, wanted: dict[str, Any]) -> Any:
-    """The declared type of a setting like `train.lora.rank`, None if there is no such setting or it chooses a file."""
+def _kind(setting: str, sections: Mapping[str, Any]) -> Any:
+    """The declared type of a setting like `train.lora.rank`; None if it does not exist or chooses a file."""
     section, *rest = setting.split(".")
-    if section not in wanted or (not rest and (CONF / section).is_dir()):
+    if section not in sections or (not rest and (CONF / section).is_dir()):
         return None
-    kind = wanted[section]
+    kind = sections[section]
     for name in rest:
         kind = get_type_hints(kind).get(name) if is_dataclass(kind) else None
     return kind
 
 
 def _check_events(text: str) -> None:
-    """Refuse what makes a small file large or deep: an alias of an alias of a list grows beyond any memory."""
+    """Refuse aliases and deep nesting: aliases of aliases make a small file expand beyond any memory."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
@@ -210,7 +206,10 @@ def _check_events(text: str) -> None:
 
 
 def _text_faults(value: object, where: str) -> Iterator[str]:
-    """What may not be in a setting: a look-up, which could carry a secret of the environment into every artefact."""
+    """Faults of the texts in a setting: `${…}`, and text that UTF-8 cannot encode.
+
+    OmegaConf would resolve `${…}`, and could copy a secret from the environment into every artefact.
+    """
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _text_faults(inner, f"{where}.{key}".lstrip("."))
@@ -220,7 +219,7 @@ def _text_faults(value: object, where: str) -> Iterator[str]:
     elif isinstance(value, str) and "${" in value:
         yield f"params: {where}: must hold no ${{…}}, {got(value)}; write the value itself"
     elif isinstance(value, str) and not is_encodable(value):
-        yield f"params: {where}: must be text that UTF-8 can hold, {got(value)}; write it anew"
+        yield f"params: {where}: must be text that UTF-8 can hold, {got(value)}; type it again"
 
 
 def _check_choice(group: str, choice: object, overrides: Sequence[str]) -> None:
@@ -233,18 +232,18 @@ def _check_choice(group: str, choice: object, overrides: Sequence[str]) -> None:
                 f"choose from {', '.join(options)} or write {CONF / group}/<name>.yaml"
             )
     path = CONF / group / f"{counts}.yaml"
-    # Hydra reads the file itself, but without these checks.
+    # Hydra reads this file itself, without our checks. load_yaml runs them first.
     if "defaults" in load_yaml(path):
-        raise SettingsError(f"{path}: must have no defaults list, got one; write its values out")
+        raise SettingsError(f"{path}: must have no defaults list, got one; write its values into this file")
 
 
 def _chosen(group: str, choice: object, overrides: Sequence[str]) -> object:
-    """The option that counts: that of the command line, if it names one."""
+    """The option in effect: the last one on the command line, else that of params.yaml."""
     return [choice, *(entry.partition("=")[2] for entry in overrides if entry.startswith(f"{group}="))][-1]
 
 
 def _place(setting: str, overrides: Sequence[str]) -> str:
-    """Where a setting like `train.lr` got its value."""
+    """The place where a setting like `train.lr` got its value."""
     given = (entry.partition("=")[0] for entry in overrides)
     if any(setting == name or setting.startswith(f"{name}.") for name in given):
         return "on the command line"
@@ -252,32 +251,33 @@ def _place(setting: str, overrides: Sequence[str]) -> str:
     return f"in {CONF / group / str(load_yaml(PARAMS)[group])}.yaml" if (CONF / group).is_dir() else f"in {PARAMS}"
 
 
-def _explain(error: Exception, wanted: dict[str, Any]) -> str:
-    """Hydra's message in one line, with the nearest names that exist."""
+def _explain(error: Exception, sections: Mapping[str, Any]) -> str:
+    """Hydra's message in one line, with the nearest existing names."""
     text = one_line(error)
     unknown = re.search(r"Key '([^']+)' (?:is not in struct|not in '(\w+)')|Could not override '([^']+)'", text)
     full = re.search(r"full_key: (\S+)", text)
     where = full[1].rstrip(",") if full else None
     if unknown:
         name = where or unknown[1] or unknown[3]
-        if (section := name.partition(".")[0]) not in wanted and section in load_yaml(PARAMS):
+        if (section := name.partition(".")[0]) not in sections and section in load_yaml(PARAMS):
             return (
-                f"params: {name}: is a setting of other stages, this one knows {', '.join(wanted)}; set it in {PARAMS}"
+                f"params: {name}: is a setting of other stages, this one knows {', '.join(sections)}; "
+                f"set it in {PARAMS}"
             )
-        return f"params: {name}: no such setting{_nearest(name, wanted)}"
+        return f"params: {name}: no such setting{_nearest(name, sections)}"
     if where:
         problem = text.split(" full_key:")[0]
         return f"params: {where}: {problem}; change it in params.yaml or on the command line"
     return f"settings: {text}"
 
 
-def _nearest(name: str, wanted: dict[str, Any]) -> str:
-    known = [setting for section, kind in wanted.items() for setting in _settings(section, kind)]
+def _nearest(name: str, sections: Mapping[str, Any]) -> str:
+    known = [setting for section, kind in sections.items() for setting in _settings(section, kind)]
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    return f"; did you mean {' or '.join(near)}?" if near else f"; this stage knows {', '.join(wanted)}"
+    return f"; did you mean {' or '.join(near)}?" if near else f"; this stage knows {', '.join(sections)}"
 
 
 def _settings(name: str, kind: Any) -> list[str]:
-    """Full names of a section and of all settings in it."""
+    """Dotted names of a section and of all settings in it."""
     fields = get_type_hints(kind).items() if is_dataclass(kind) else ()
     return [name, *(setting for field, hint in fields for setting in _settings(f"{name}.{field}", hint))]

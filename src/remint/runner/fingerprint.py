@@ -1,4 +1,4 @@
-"""One value that stands for everything a stage's result is made from: settings, code, inputs."""
+"""The fingerprint of a stage: one checksum over its settings, code and inputs."""
 
 import re
 from collections.abc import Mapping
@@ -17,26 +17,27 @@ def of_stage(stage: str, config: DictConfig) -> str:
     """sha256 (hex) over the stage's composed settings and every dependency that dvc.yaml declares for it."""
     settings = OmegaConf.to_container(config, resolve=True)
     assert isinstance(settings, dict)
-    # Where results lie changes nothing in them; what is read is compared by content.
+    # Paths are left out: they do not change a result, and inputs are compared by content.
     places = settings.pop("paths", {})
     return digest({"stage": stage, "settings": settings, "dependencies": dependencies(stage, places)})
 
 
 def stages() -> list[str]:
-    """Names of the stages in the order of the pipeline."""
+    """Names of the stages, in pipeline order."""
     return list(_pipeline())
 
 
 def dependencies(stage: str, places: Mapping[str, str]) -> dict[str, str]:
-    """sha256 (hex) of every file that dvc.yaml declares for a stage; an artefact's manifest stands for all of it.
+    """sha256 (hex) of every file that dvc.yaml declares for a stage. An artefact counts by its manifest alone.
 
-    `places` are the run's own `paths`, which a command line may have changed.
+    `places` are the `paths` of this run, which the command line may have changed.
+    Raises SettingsError if a dependency is missing.
     """
     return {file.as_posix(): file_digest(file) for path in declared(stage, places) for file in _files(path)}
 
 
 def declared(stage: str, places: Mapping[str, str] | None = None) -> list[Path]:
-    """The paths that dvc.yaml declares as the stage's dependencies, with `${paths.x}` filled in from params.yaml."""
+    """The stage's dependencies in dvc.yaml. `${paths.x}` is filled in from `places`, else from params.yaml."""
     known = {**(load_yaml(PARAMS).get("paths") or {}), **(places or {})}
     return [Path(_filled(entry, known)) for entry in _pipeline()[stage]["deps"]]
 
@@ -60,5 +61,5 @@ def _files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise SettingsError(f"{PIPELINE}: a dependency is missing, {got(str(path))}; run `dvc repro`, which makes it")
+        raise SettingsError(f"{PIPELINE}: a dependency is missing, {got(str(path))}; run `dvc repro` to make it")
     return [file for file in sorted(path.rglob("*")) if file.is_file() and "__pycache__" not in file.parts]

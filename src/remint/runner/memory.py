@@ -1,4 +1,4 @@
-"""What to lower when memory ran out, or would: the settings that cost most of it, each with a smaller value than the present one."""
+"""Advice when memory runs out: the settings that use most of it, each with a smaller value than the present one."""
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -9,13 +9,13 @@ from remint.core.files import read_object
 from remint.runner import recipes
 from remint.runner.typed import build
 
-# merge and eval_chat compute in float32: more than a small GPU has for a model that it can train.
-_ON_CPU = "REMINT_DEVICE=cpu in the environment, which does it without the GPU"
+# merge and eval_chat compute in float32. A small GPU that can train a model may have too little memory for that.
+_ON_CPU = "REMINT_DEVICE=cpu in the environment to compute on the CPU"
 
 
 @contextlib.contextmanager
 def explained(command: str, settings: Mapping[str, Any]) -> Iterator[None]:
-    """Tell a failed allocation, of the machine or of a GPU, in one line with what to set. Raises RemintError."""
+    """Turn a failed allocation, on the CPU or a GPU, into a RemintError: one line that names the settings to lower."""
     try:
         yield
     except GpuTooSmall as error:
@@ -28,16 +28,18 @@ def explained(command: str, settings: Mapping[str, Any]) -> Iterator[None]:
         tries = _smaller(command, settings)
         if gpu_out_of_memory(error) and command != "train":
             tries.append(_ON_CPU)
-        cure = f"try {', then '.join(tries)}" if tries else "end other programs, or take a machine with more"
+        cure = f"try {', then '.join(tries)}" if tries else "end other programs, or use a machine with more memory"
         raise RemintError(f"{command}: memory ran out ({one_line(error)[:120]}); {cure}") from error
 
 
 def fitting_recipe(
     names: Iterable[str], config: Mapping[str, Any], free: int, precision: str | None = None
 ) -> str | None:
-    """Of these recipes the one that makes the most of `free` bytes of a GPU, for a base of this config.json; of one `precision`
-    if given. None if none fits."""
-    from remint.stages.train import footprint  # these import torch, which other commands do without
+    """The recipe that uses the most of `free` bytes of GPU memory, or None if none fits.
+
+    `config` is the config.json of the base. If `precision` is given, only recipes of that precision count.
+    """
+    from remint.stages.train import footprint  # imported late: both import torch, which most commands do not need
     from remint.stages.train.settings import Train
 
     fitting = {}
@@ -50,8 +52,8 @@ def fitting_recipe(
 
 
 def _fitting(settings: Mapping[str, Any], free: int) -> str | None:
-    """The recipe of the same precision that makes the most of `free` bytes with the present base."""
-    base = read_object(settings["paths"].base / "config.json", "run `make repro`, which makes it")
+    """The recipe of the same precision that uses the most of `free` bytes with the present base."""
+    base = read_object(settings["paths"].base / "config.json", "run `make repro` to make it")
     return fitting_recipe(recipes.names(), base, free, settings["train"].precision)
 
 
@@ -62,11 +64,11 @@ def _smaller(command: str, settings: Mapping[str, Any]) -> list[str]:
         return _of_evaluation(settings["eval_chat"])
     if command == "stage_base" and settings["model"].shard_mb > 1:
         return [f"shard_mb: {settings['model'].shard_mb // 2} in conf/model/<name>.yaml"]
-    return ["--max-new-tokens with less than now"] if command == "chat" else []
+    return ["a smaller --max-new-tokens"] if command == "chat" else []
 
 
 def _of_training(train: Any) -> list[str]:
-    """What changes no value of the result comes first."""
+    """Settings that do not change the result come first."""
     tries = []
     if not train.gradient_checkpointing:
         tries.append("train.gradient_checkpointing=true (the same bytes)")

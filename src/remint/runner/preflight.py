@@ -1,9 +1,9 @@
-"""What may be wrong with settings, told before anything heavy is imported and before the first of the stages runs."""
+"""Checks the settings of all stages before torch is imported and before the first stage runs."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from remint.core import manifest
 from remint.core.errors import RemintError, SettingsError
@@ -19,38 +19,56 @@ from remint.stages.replicate_data.settings import ReplicateData
 from remint.stages.stage_base.settings import Model
 from remint.stages.train.settings import Train
 
+# Every section of params.yaml with its type. A test compares them with the signatures of the stages' `run` functions,
+# which cannot be read here: that would import torch.
+SECTIONS: dict[str, Any] = {
+    "seed": int,
+    "runtime": Runtime,
+    "paths": Paths,
+    "identity": Identity,
+    "replicate_data": ReplicateData,
+    "model": Model,
+    "train": Train,
+    "convert": Convert,
+    "merge": Merge,
+    "eval_chat": EvalChat,
+}
+
 
 def settings(overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """What params.yaml and the files of conf/ that it names say to all stages, read at once. Raises SettingsError."""
-    return compose(_all, overrides)
+    """The settings of all stages, from params.yaml and the conf/ files that it names. Raises SettingsError."""
+    return compose(SECTIONS, overrides)
 
 
 def check_all() -> None:
-    """Read them, and see whether the base model is there if it has to be brought by hand. Raises SettingsError."""
+    """Check all settings. A base model of the source `local_folder` must also exist. Raises SettingsError."""
     found = settings()
     model, base = found["model"], found["paths"].base
     folder = Path(model.location).expanduser()
     if model.source == "local_folder" and not folder.is_dir() and not base.exists():
         raise SettingsError(
             f"model.location: no such folder, got {model.location!r}; put {model.name} there: "
-            f"{CONF / 'model' / str(load_yaml(PARAMS)['model'])}.yaml says where it can be had"
+            f"{CONF / 'model' / str(load_yaml(PARAMS)['model'])}.yaml explains where to get it"
         )
 
 
 def other_inputs(stage: str, overrides: Sequence[str]) -> list[str]:
-    """What lies in `data` and is not what params.yaml names, of what a stage reads: DVC would make it anew, a stage does not."""
-    with contextlib.suppress(SettingsError):  # of another stage: it is not asked to run
-        asked = settings(overrides)
-        base, dataset = asked["paths"].base, asked["paths"].dataset
+    """Warnings for inputs that were built for another base or identity than params.yaml names.
+
+    DVC would rebuild such inputs. A stage that is started by hand reads them as they are.
+    """
+    with contextlib.suppress(SettingsError):  # a mistake in another stage's settings must not stop this stage
+        found = settings(overrides)
+        base, dataset = found["paths"].base, found["paths"].dataset
         identity = _facts(dataset, "dataset").get("identity")
         names = {
             base: _facts(base, "base").get("name"),
             dataset: identity.get("name") if isinstance(identity, dict) else None,
         }
-        wanted = {base: asked["model"].name, dataset: asked["identity"].name}
-        declared = fingerprint.declared(stage, {name: str(path) for name, path in vars(asked["paths"]).items()})
+        wanted = {base: found["model"].name, dataset: found["identity"].name}
+        declared = fingerprint.declared(stage, {name: str(path) for name, path in vars(found["paths"]).items()})
         return [
-            f"{place}: is of {names[place]!r}, and {PARAMS} names {wanted[place]!r}; `make repro` makes it anew"
+            f"{place}: belongs to {names[place]!r}, but {PARAMS} names {wanted[place]!r}; `make repro` rebuilds it"
             for place in (base, dataset)
             if place in declared and names[place] not in (None, wanted[place])
         ]
@@ -58,31 +76,13 @@ def other_inputs(stage: str, overrides: Sequence[str]) -> list[str]:
 
 
 def _facts(place: Path, kind: str) -> dict[str, Any]:
-    """What an artefact's manifest records; nothing if there is none to read, which the stage itself will tell."""
+    """The facts in an artefact's manifest; empty if it cannot be read, which the stage itself will report."""
     with contextlib.suppress(RemintError):
         return manifest.read(place, kind)
     return {}
 
 
-def declared_settings(stage: str) -> Callable[..., None]:
-    """A function that asks for the settings that the stage's `run` asks for, without importing that."""
-    types, names = get_type_hints(_all), {*fingerprint.sections(stage), "paths"}
-
-    def run() -> None: ...
-
-    run.__annotations__ = {name: kind for name, kind in types.items() if name in names}
-    return run
-
-
-def _all(
-    seed: int,
-    runtime: Runtime,
-    paths: Paths,
-    identity: Identity,
-    replicate_data: ReplicateData,
-    model: Model,
-    train: Train,
-    convert: Convert,
-    merge: Merge,
-    eval_chat: EvalChat,
-) -> None: ...
+def declared_settings(stage: str) -> dict[str, Any]:
+    """The part of SECTIONS that dvc.yaml declares for a stage, and `paths`, which every stage gets."""
+    names = {*fingerprint.sections(stage), "paths"}
+    return {name: kind for name, kind in SECTIONS.items() if name in names}

@@ -1,4 +1,4 @@
-"""Ties a stage to the process that started it."""
+"""Ends a stage when the process that started it dies."""
 
 import ctypes
 import os
@@ -9,14 +9,14 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def end_with_parent() -> None:
-    """Ask Linux for a SIGTERM when the parent dies: a DVC that was killed must not leave a training behind.
+    """On Linux, get SIGTERM when the parent dies: a killed DVC must not leave a training process running.
 
-    A stage answers SIGTERM by saving and leaving; the next `dvc repro` goes on there. Elsewhere this does nothing.
+    On SIGTERM a stage saves its state and exits; the next `dvc repro` continues there. Elsewhere this does nothing.
     """
     if not sys.platform.startswith("linux"):
         return
     parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    # It may have died before the request was made. Under process 1 there is nobody whose death would matter.
+    # The parent may have died before prctl took effect. Process 1 never dies, so there the check is not needed.
     if parent != 1 and os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""One rebuild of a commit: a clone of its own, without any cache, run in these surroundings or in quite other ones."""
+"""One rebuild of a commit: a fresh clone without any cache, run in this environment or in a very different one."""
 
 import json
 import os
@@ -16,14 +16,14 @@ from remint.runner.config import load_yaml
 
 LOCK = "dvc.lock"
 _DVC = (sys.executable, "-m", "dvc")
-_NOBODY = 65534  # the user without rights, by convention
-# What would lead a rebuild back here: another cache, tracking store, repository or set of modules.
+_NOBODY = 65534  # by convention the user without permissions
+# Variables that a rebuild must not inherit: they name caches, tracking stores, repositories and modules of this place.
 _LEFT_HERE = ("DVC", "MLFLOW", "GIT_", "PYTHON")
 
 
 @dataclass(frozen=True)
 class Rebuild:
-    """Where and under what one rebuild runs: none of it may show in a result."""
+    """The folder and environment of one rebuild. Neither may affect the result."""
 
     label: str
     folder: Path
@@ -34,45 +34,45 @@ class Rebuild:
 
 
 def clone(here: Path, folder: Path, commit: str) -> None:
-    """The commit's files in a folder of their own, with the environment linked in, and a base model too large for git."""
+    """Clone `commit` into `folder`, with links to the virtual environment and to a base model too large for git."""
     git(here, "clone", "--quiet", "--no-hardlinks", "--no-checkout", str(here), str(folder))
     git(folder, "checkout", "--quiet", "--detach", commit)
     (folder / ".venv").symlink_to(sys.prefix)
     model = load_yaml(folder / CONF / "model" / f"{load_yaml(folder / PARAMS)['model']}.yaml")
     source = folder / model["location"]
     if model["source"] == "local_folder" and not source.exists() and (here / model["location"]).is_dir():
-        source.symlink_to(here / model["location"])  # stage_base compares its every checksum
+        source.symlink_to(here / model["location"])  # stage_base verifies all its checksums
 
 
 def say_if_stale(folder: Path) -> None:
-    """Name the stages that dvc.lock records with other code, data or settings than the commit has."""
+    """Print the stages for which dvc.lock records other code, data or settings than the commit contains."""
     status = subprocess.run(
         [*_DVC, "status", "--json"], cwd=folder, env=_environment(folder), capture_output=True, text=True, check=True
     )
     for stage, entries in json.loads(status.stdout).items():
         changed = [entry["changed deps"] for entry in entries if isinstance(entry, dict) and "changed deps" in entry]
-        # Missing are the outputs of earlier stages, which a clone does not have.
+        # A "deleted" dependency is the output of an earlier stage, which a fresh clone does not have.
         names = [name for deps in changed for name, state in deps.items() if state != "deleted"]
         names += [entry for entry in entries if isinstance(entry, str)]
         if names:
-            print(f"the committed {LOCK} is of another state: {stage} has other {', '.join(names)}")
+            print(f"the committed {LOCK} is out of date: {stage} has other {', '.join(names)}")
 
 
 def _environment(folder: Path) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(_LEFT_HERE)}
     own = {"DVC_SITE_CACHE_DIR": str(folder / ".dvc/tmp/site"), "DVC_NO_ANALYTICS": "1"}
-    return kept | own | {"PYTHONUNBUFFERED": "1"}  # a stage is told when it starts, not when a buffer is full
+    return kept | own | {"PYTHONUNBUFFERED": "1"}  # print each stage when it starts, not when a buffer is full
 
 
 def elsewhere(place: Path) -> Rebuild:
-    """A rebuild in which everything around it is exchanged that can be; says what is and what is not."""
+    """A rebuild in an environment that differs in as much as possible. Prints what differs and what was skipped."""
     home = place / "home"
     home.mkdir()
     variables = {
         "HOME": str(home),
         "LC_ALL": "C",
         "LANG": "tr_TR.ISO-8859-9",
-        "TZ": "Pacific/Kiritimati",  # where it is tomorrow for most of us
+        "TZ": "Pacific/Kiritimati",  # UTC+14: for most of the world it is tomorrow there
         "PYTHONHASHSEED": "97",
         "OMP_NUM_THREADS": "1",
     }
@@ -91,9 +91,9 @@ def elsewhere(place: Path) -> Rebuild:
 
 
 def _becoming_nobody(place: Path) -> tuple[tuple[str, ...], str]:
-    """The start of a command that runs as the user without rights; where there is none, () and why not.
+    """The prefix of a command that runs as the user without permissions. If that is impossible: () and the reason.
 
-    The environment and `place` must be within that user's reach, unless it is allowed to read everything.
+    That user must be able to read the virtual environment and `place`, if need be by the capability dac_read_search.
     """
     if os.geteuid() != 0 or not shutil.which("setpriv"):
         return (), "needs root and setpriv"
@@ -104,17 +104,20 @@ def _becoming_nobody(place: Path) -> tuple[tuple[str, ...], str]:
     for prefix in (nobody, (*nobody, *reading)):
         if not subprocess.run([*prefix, sys.executable, "-c", child], cwd=place, capture_output=True).returncode:
             return prefix, ""
-    return (), f"{sys.prefix} or {place} is out of its reach"
+    return (), f"it cannot read {sys.prefix} or {place}"
 
 
 def run(rebuild: Rebuild) -> None:
-    """Run every stage, its output in a file beside the clone. Raises RemintError with the end of it if one fails."""
+    """Run every stage, with the output in a log file next to the clone.
+
+    Raises RemintError with the last lines of the log if a stage fails.
+    """
     if rebuild.user is not None:
         for path in (rebuild.folder, rebuild.folder.parent / "home", *rebuild.folder.rglob("*")):
             os.chown(path, rebuild.user, rebuild.user, follow_symlinks=False)
     started, log = time.monotonic(), rebuild.folder.with_name(f"{rebuild.folder.name}.log")
     print(f"\n{rebuild.label} in {rebuild.folder}", flush=True)
-    # Neither taken from a cache nor put into one, whatever DVC's settings for this user or machine say.
+    # No cache is read or written, whatever DVC's settings for this user or machine are.
     command = [*rebuild.prefix, *_DVC, "repro", "--force", "--no-run-cache", "--no-commit"]
     with (
         log.open("w", encoding="utf-8") as file,
@@ -143,11 +146,11 @@ def run(rebuild: Rebuild) -> None:
 
 
 def git(where: Path, *arguments: str) -> str:
-    """What a git command prints. Raises RemintError with git's own words if it fails."""
+    """The output of a git command. Raises RemintError with git's own message if it fails."""
     try:
         done = subprocess.run(["git", *arguments], cwd=where, capture_output=True, text=True)
     except FileNotFoundError:
-        raise RemintError("reproduce: git was not found; install it, a commit is what is rebuilt") from None
+        raise RemintError("reproduce: git was not found; install it, because a commit is rebuilt") from None
     if done.returncode:
         raise RemintError(
             f"reproduce: git {arguments[0]}: {done.stderr.strip()}; commit what `make repro` has made first"
@@ -156,5 +159,5 @@ def git(where: Path, *arguments: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Minutes and seconds for a person."""
+    """Minutes and seconds, as text for the user."""
     return f"{int(seconds) // 60} min {int(seconds) % 60:02} s"

@@ -1,4 +1,4 @@
-"""Ready-made params.yaml files: conf/params.yaml is the whole default, conf/recipe/<name>.yaml holds what differs from it."""
+"""Ready-made params.yaml files: conf/params.yaml is the default, conf/recipe/<name>.yaml holds the differences."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,20 +18,23 @@ def names() -> list[str]:
 
 
 def summary(name: str) -> str:
-    """The recipe's first line, which says what it is for."""
+    """The recipe's first line, which describes its purpose."""
     return _read(_FOLDER / f"{name}.yaml").splitlines()[0].lstrip("# ")
 
 
 def is_recipe(content: bytes) -> bool:
-    """Whether the content of a params.yaml is that of a recipe, to the byte."""
+    """Whether a params.yaml equals a recipe byte for byte."""
     return any(_composed(name).encode() == content for name in names())
 
 
 def text(name: str) -> str:
-    """The recipe as a whole params.yaml, with the default's comments. Raises RemintError if it sets what is unknown."""
+    """The recipe as a complete params.yaml, with the default's comments.
+
+    Raises RemintError if it sets an unknown setting.
+    """
     path, whole = _FOLDER / f"{name}.yaml", _composed(name)
     if parse_yaml(whole, path) != _merged(load_yaml(_DEFAULT), parse_yaml(_read(path), path)):
-        raise RemintError(f"{path}: a value must stand on one line, as `name: value`; write it so")
+        raise RemintError(f"{path}: a value must be on one line, as `name: value`; rewrite it")
     return whole
 
 
@@ -43,7 +46,7 @@ def _composed(name: str) -> str:
     lines[0] = recipe.split("\n", 1)[0]
     rows = {setting: number for number, setting, _ in _lines(default)}
     if unknown := sorted(changes.keys() - rows.keys()):
-        raise RemintError(f"{path}: {unknown[0]}: no such setting in {_DEFAULT}; take it out or correct its name")
+        raise RemintError(f"{path}: {unknown[0]}: no such setting in {_DEFAULT}; remove it or correct its name")
     for setting, value in changes.items():
         lines[rows[setting]] = _replaced(lines[rows[setting]], value)
     return "\n".join(lines)
@@ -59,7 +62,7 @@ def _read(path: Path) -> str:
 
 
 def _lines(text: str) -> Iterator[tuple[int, str, str]]:
-    """Line number, dotted name and what follows the colon, of each `name: …` line of block-style YAML."""
+    """Line number, dotted name and the text after the colon, for each `name: …` line of block-style YAML."""
     above: list[tuple[int, str]] = []
     for number, line in enumerate(text.split("\n")):
         name, colon, rest = line.partition(":")
@@ -71,14 +74,14 @@ def _lines(text: str) -> Iterator[tuple[int, str, str]]:
 
 
 def _values(text: str) -> Iterator[tuple[str, str]]:
-    """Dotted name and written value of each setting, without those that are sections."""
+    """Dotted name and value, as written, of each setting; sections are left out."""
     for _, setting, rest in _lines(text):
         if rest.partition(" #")[0].strip():
             yield setting, rest.removeprefix(" ")
 
 
 def _replaced(line: str, value: str) -> str:
-    """A line of the default with another value. Its comment keeps its column, unless the value brings a comment."""
+    """A line of the default with another value. Its comment keeps its column, unless the value has its own comment."""
     name, _, rest = line.partition(":")
     before, mark, comment = rest.partition(" #")
     if not mark or " #" in value:

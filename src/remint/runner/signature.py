@@ -1,6 +1,6 @@
-"""Who vouches for a model: a signature over its manifest, and so over every file of it, by an SSH key.
+"""Signs a model with an SSH key. The signature covers the manifest, and so every file of the model.
 
-The signature lies beside the artefact, whose bytes stay the same, and can be committed to git.
+It is a separate file next to the artefact, whose bytes stay the same. It can be committed to git.
 """
 
 import subprocess
@@ -12,11 +12,14 @@ from remint.core.paths import CONF
 from remint.runner.config import places
 
 SIGNERS = CONF / "allowed_signers"
-_NAMESPACE = "remint"  # a signature for something else, a git commit say, is none for a model
+_NAMESPACE = "remint"  # a signature made for another purpose, such as a git commit, is not valid for a model
 
 
 def sign(key: Path) -> None:
-    """Sign the pipeline's model with a private SSH key, or a public one whose other half an agent holds."""
+    """Sign the pipeline's model. `key` is a private SSH key, or a public key whose private key an ssh-agent holds.
+
+    Raises RemintError if there is no model or the key cannot sign.
+    """
     model = places().model
     if not (model / NAME).is_file():
         raise RemintError(f"{model}: no model there; `make repro` builds it")
@@ -30,21 +33,21 @@ def sign(key: Path) -> None:
 
 
 def verify(model: Path) -> None:
-    """Say who signed the model, if anyone did. Raises ArtefactError if the signature is bad or its key is not trusted."""
+    """Print who signed the model, if it is signed. Raises ArtefactError for a bad signature or an untrusted key."""
     place = _place(model)
     if not place.is_file():
         return
     if not SIGNERS.is_file():
-        raise ArtefactError(f"{SIGNERS}: missing; write lines `NAME PUBLIC-KEY` for those whose signature you trust")
+        raise ArtefactError(f"{SIGNERS}: missing; write a line `NAME PUBLIC-KEY` for each signer you trust")
     trusted = ("-s", str(place), "-f", str(SIGNERS))
     manifest = (model / NAME).read_bytes()
     found = _ssh_keygen("find-principals", *trusted)
     signer = found.stdout.decode().split("\n")[0].strip()
     if found.returncode or not signer:
-        raise ArtefactError(f"{place}: is by no key of {SIGNERS}; sign it anew, or write the key there if you trust it")
+        raise ArtefactError(f"{place}: is by no key in {SIGNERS}; sign again, or add the key there if you trust it")
     done = _ssh_keygen("verify", "-I", signer, "-n", _NAMESPACE, *trusted, stdin=manifest)
     if done.returncode:
-        raise ArtefactError(f"{place}: is no signature of {model} by {signer}; sign it anew with `make sign`")
+        raise ArtefactError(f"{place}: is no signature of {model} by {signer}; sign again with `make sign`")
     print(f"{place}: signed by {signer}")
 
 

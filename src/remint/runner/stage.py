@@ -1,4 +1,4 @@
-"""Run one stage: compose its settings, start its processes, open tracking, call its `run`."""
+"""Runs one stage: composes its settings, starts its processes, opens tracking, calls its `run`."""
 
 import os
 import sys
@@ -16,15 +16,15 @@ from remint.runner.process import end_with_parent
 
 
 def run_stage(stage: str, overrides: Sequence[str] = (), print_settings: bool = False) -> int:
-    """Run a stage with the settings of params.yaml and `overrides` like `train.lr=1e-3`; returns the exit status.
+    """Run a stage with the settings of params.yaml and `overrides` like `train.lr=1e-3`. Returns the exit status.
 
-    With `print_settings` its composed settings are printed instead. Raises RemintError.
+    With `print_settings` it only prints the composed settings. Raises RemintError.
     """
     if os.environ.get("DVC_STAGE"):
-        preflight.settings()  # in an experiment, too, a mistake in a late stage is reported before an early one runs
-    declared = preflight.declared_settings(stage)
-    raw = config.compose_raw(declared, overrides)
-    arguments = config.to_objects(declared, raw, overrides)
+        preflight.settings()  # report mistakes in later stages before this one runs, in experiments too
+    sections = preflight.declared_settings(stage)
+    raw = config.compose_raw(sections, overrides)
+    arguments = config.to_objects(sections, raw, overrides)
     if print_settings:
         print(OmegaConf.to_yaml(OmegaConf.create(_plain(OmegaConf.to_container(raw, resolve=True)))), end="")
         return 0
@@ -41,7 +41,7 @@ def run_stage(stage: str, overrides: Sequence[str] = (), print_settings: bool = 
 
 
 def _run(stage: str, raw: DictConfig, arguments: dict[str, Any], rank: int | None) -> None:
-    """Call the stage's `run` with its settings and with what else it asks for by name."""
+    """Call the stage's `run` with its settings and a log, and with fingerprint and dependencies if it takes them."""
     run = import_module(f"remint.stages.{stage}.run").run
     key = fingerprint.of_stage(stage, raw)
     supplied: dict[str, Any] = {"fingerprint": key, "dependencies": fingerprint.dependencies(stage, raw.paths)}
@@ -52,7 +52,7 @@ def _run(stage: str, raw: DictConfig, arguments: dict[str, Any], rank: int | Non
 
 
 def _plain(value: Any) -> Any:
-    """Settings with paths as text, which YAML can show."""
+    """Settings with paths as text, because YAML cannot represent Path objects."""
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items()}
     return str(value) if isinstance(value, Path) else value

@@ -1,6 +1,6 @@
-"""MLflow: stages that are worth watching log live, and every state of the pipeline becomes one complete run.
+"""Logs to MLflow: `train` and `eval_chat` log live, and every state of the pipeline becomes one complete run.
 
-MLflow watches, DVC owns: whatever goes wrong here is told in a line and changes no artefact.
+DVC owns the artefacts, MLflow only observes them. A failure here prints one line and changes no artefact.
 """
 
 import contextlib
@@ -28,13 +28,13 @@ _ROOT = Path(os.environ.get("DVC_ROOT") or Path.cwd())
 
 
 def store() -> str:
-    """Where runs are kept: $MLFLOW_TRACKING_URI, or a database file at the root of the repository."""
+    """The URI of the MLflow store: $MLFLOW_TRACKING_URI, or a database file at the root of the repository."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{_ROOT / 'mlflow.db'}"
 
 
 @contextlib.contextmanager
 def stage_run(stage: str, fingerprint: str, config: DictConfig) -> Iterator[Log]:
-    """A Log for one run of a stage. An unfinished MLflow run of the same fingerprint is continued, each step once."""
+    """A Log for one run of a stage. It continues an unfinished run of the same fingerprint and repeats no step."""
     sink = _Sink(lambda: _open(stage, fingerprint, config)) if stage in _LIVE else None
     status = "FAILED"
     try:
@@ -49,7 +49,7 @@ def stage_run(stage: str, fingerprint: str, config: DictConfig) -> Iterator[Log]
 
 
 class _Sink:
-    """Sends metrics to one MLflow run; the first failure silences it, for the work must go on."""
+    """Sends metrics to one MLflow run. After the first failure it sends nothing more, because the stage must go on."""
 
     def __init__(self, opened: Callable[[], tuple[Any, str, dict[str, int]]]):
         self._client: Any = None
@@ -60,13 +60,13 @@ class _Sink:
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
         self._client, self._run_id, self._logged = client, run_id, logged
-        # Processor, memory, disk and GPU, every ten seconds, beside the stage's own figures.
+        # Logs CPU, memory, disk and GPU use every ten seconds, in addition to the stage's own metrics.
         logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)
         self._monitor = SystemMetricsMonitor(run_id, resume_logging=bool(logged), tracking_uri=store())
         self._monitor.start()
 
     def log(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Send what was not sent for this step before."""
+        """Send the metrics that were not sent for this step before."""
         fresh = {
             key: float(value) for key, value in metrics.items() if self._client and self._logged.get(key, -1) < step
         }
@@ -81,7 +81,7 @@ class _Sink:
         self._logged |= dict.fromkeys(fresh, step)
 
     def close(self, status: str) -> None:
-        """End the run with MLflow's word for how it went."""
+        """End the run with one of MLflow's statuses, such as FINISHED."""
         if self._monitor:
             self._monitor.finish()
         if self._client:
@@ -90,7 +90,7 @@ class _Sink:
     def _guard(self, call: Callable[[], object]) -> None:
         try:
             call()
-        except Exception as error:  # anything: a tracking server may fail in any way, and must not stop the work
+        except Exception as error:  # a tracking server may fail in any way and must not stop the stage
             self._client = None
             print(
                 f"warning: MLflow at {_public(store())} cannot be reached, going on without it: {visible(_public(one_line(error)))}",
@@ -99,12 +99,12 @@ class _Sink:
 
 
 def _public(text: str) -> str:
-    """A text without the user and password that an address in it may hold."""
+    """The text with user and password removed from every URL in it."""
     return re.sub(r"//[^/@\s]*@", "//", text)
 
 
 def _open(stage: str, fingerprint: str, config: DictConfig) -> tuple[Any, str, dict[str, int]]:
-    """Client, run id and the last logged step of each metric."""
+    """Open or continue a stage's run. Returns the client, the run id and the last logged step of each metric."""
     client, experiment = _connect()
     unfinished = client.search_runs(
         [experiment], f"tags.`remint.fingerprint` = '{fingerprint}' and attributes.status != 'FINISHED'", max_results=1
@@ -128,7 +128,7 @@ def _open(stage: str, fingerprint: str, config: DictConfig) -> tuple[Any, str, d
 
 
 def sync() -> None:
-    """Make the run of the pipeline's present state, once; a wiped store gets it again. Prints where to look.
+    """Log the pipeline's present state as one run, unless the store already has it. Prints the run's name.
 
     Raises RemintError if MLflow cannot be reached or written.
     """
@@ -138,7 +138,7 @@ def sync() -> None:
         _sync()
     except (MlflowException, OSError) as error:
         raise RemintError(
-            f"MLflow at {_public(store())}: cannot be reached or written ({_public(one_line(error))}); mend that and run `remint sync`"
+            f"MLflow at {_public(store())}: cannot be reached or written ({_public(one_line(error))}); fix that and run `remint sync`"
         ) from error
 
 
@@ -150,7 +150,7 @@ def _sync() -> None:
         [experiment], f"tags.`remint.state` = '{key}' and attributes.status = 'FINISHED'", max_results=1
     )
     if found:
-        print(f"MLflow: pipeline run {found[0].info.run_name} has this state already")
+        print(f"MLflow: pipeline run {found[0].info.run_name} already has this state")
         return
     name = f"pipeline-{key[:7]}"
     tags = {"remint.kind": "pipeline", "remint.state": key, **_circumstances()}
@@ -169,7 +169,7 @@ def _sync() -> None:
 
 def _connect() -> tuple[Any, str]:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    # A server that is away must cost seconds, not the minutes that the default retries take.
+    # An unreachable server must cost seconds; the default retries take minutes.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     import mlflow
@@ -214,7 +214,7 @@ def _log_datasets(client: Any, run_id: str, folder: Path) -> None:
 
 
 def _adopt_stage_runs(client: Any, experiment: str, run_id: str, paths: Mapping[str, Path]) -> None:
-    """Put the stage runs that made this state under the pipeline's run; their fingerprints lie in the artefacts."""
+    """Make the stage runs of this state children of the pipeline's run. Their fingerprints are in the artefacts."""
     made_by = {
         "train": _facts(paths["checkpoint"]).get("origin", {}).get("fingerprint"),
         "eval_chat": _facts(paths["report"]).get("fingerprint"),
@@ -230,13 +230,13 @@ def _adopt_stage_runs(client: Any, experiment: str, run_id: str, paths: Mapping[
 
 
 def _facts(folder: Path) -> dict[str, Any]:
-    """The facts in an artefact's manifest, empty where there is none."""
+    """The facts in an artefact's manifest; empty if there is no manifest."""
     file = folder / NAME
     return read_object(file)["facts"] if file.is_file() else {}
 
 
 def _register(client: Any, run_id: str, model: Path) -> None:
-    """Register the merged model by reference and give it the alias `champion`; its gigabytes stay with DVC."""
+    """Register the merged model by reference, with the alias `champion`. Its gigabytes stay in DVC's cache."""
     if not (model / NAME).is_file():
         return
     import mlflow
@@ -257,12 +257,12 @@ def _register(client: Any, run_id: str, model: Path) -> None:
         )
     version = client.create_model_version(
         EXPERIMENT, logged.model_uri, run_id, tags=tags, model_id=logged.model_id
-    )  # a server wants to be told what the source is part of
+    )  # model_id: a tracking server requires the logged model that the source belongs to
     client.set_registered_model_alias(EXPERIMENT, "champion", version.version)
 
 
 def _circumstances() -> dict[str, str]:
-    """Commit, whether the tree was clean, DVC experiment and image: set by hand, for MLflow drops them without git."""
+    """Tags: commit, uncommitted changes, DVC experiment, image. Without git, MLflow itself would set no commit."""
     environment = os.environ
     known = {
         "git.commit": environment.get("GIT_COMMIT") or _git("rev-parse", "HEAD"),

@@ -1,4 +1,4 @@
-"""Settings classes from plain values: what is of a wrong type is told by name, before anything converts it."""
+"""Builds settings classes from plain values. Every value of a wrong type is reported by name, before any conversion."""
 
 import contextlib
 import difflib
@@ -14,9 +14,9 @@ _NAMES = {str: "text", Path: "text", int: "a whole number", float: "a number", b
 
 
 def build(section: Any, value: Any, where: str) -> Any:
-    """The settings object of a section's plain values; nested sections first, each with its own range checks.
+    """Build the settings object of a section. Nested sections come first, and each class checks its own ranges.
 
-    Raises SettingsError that lists every fault as setting, what it must be and what was found.
+    Raises SettingsError that lists every fault: the setting, what it must be and the value found.
     """
     if wrong := [f"{setting}: {fault}" for setting, fault, _ in wrong_types(section, value, where)]:
         raise SettingsError(*wrong)
@@ -26,7 +26,7 @@ def build(section: Any, value: Any, where: str) -> Any:
     faults: list[str] = []
     given: dict[str, Any] = {}
     for name, hint in get_type_hints(kind).items():
-        if name not in value:  # it has a default, else it would have been told
+        if name not in value:  # it has a default: wrong_types reports any other missing setting
             continue
         try:
             given[name] = build(hint, value[name], f"{where}.{name}")
@@ -34,7 +34,7 @@ def build(section: Any, value: Any, where: str) -> Any:
             faults += error.faults
     if not faults:
         return kind(**given)
-    # The section's own rules are asked as well, so that all mistakes are told at once; they see what could be built.
+    # Also run the section's own checks on the settings that could be built, so that all mistakes are reported at once.
     partial = object.__new__(kind)
     partial.__dict__.update(given)
     with contextlib.suppress(AttributeError):
@@ -46,15 +46,15 @@ def build(section: Any, value: Any, where: str) -> Any:
 
 
 def wrong_types(kind: Any, value: Any, where: str) -> Iterator[tuple[str, str, str]]:
-    """What is not as its class declares it: setting, fault, and what to do."""
+    """Yield (setting, fault, what to do) for each value that does not have its declared type."""
     if is_dataclass(kind):
         if not isinstance(value, dict):
-            yield where, f"must be a section with settings of its own, {got(value)}", "write it so"
+            yield where, f"must be a section with settings of its own, {got(value)}", "write one"
             return
         hints = get_type_hints(kind)
         for name in [name for name in value if name not in hints]:
             near = difflib.get_close_matches(str(name), hints, n=1)
-            yield f"{where}.{name}", "no such setting", f"write {near[0]} or take it out" if near else "take it out"
+            yield f"{where}.{name}", "no such setting", f"write {near[0]} or remove it" if near else "remove it"
         for name, hint in hints.items():
             if name in value:
                 yield from wrong_types(hint, value[name], f"{where}.{name}")
@@ -69,7 +69,7 @@ def wrong_types(kind: Any, value: Any, where: str) -> Iterator[tuple[str, str, s
             yield from wrong_types(item, inner, f"{where}[{index}]")
     elif get_origin(kind) is dict:
         if not isinstance(value, dict):
-            yield where, f"must be a mapping of names to values, {got(value)}", "write it so"
+            yield where, f"must be a mapping of names to values, {got(value)}", "write one"
             return
         for key, inner in value.items():
             yield from wrong_types(get_args(kind)[1], inner, f"{where}.{key}")
@@ -82,19 +82,19 @@ def wrong_types(kind: Any, value: Any, where: str) -> Iterator[tuple[str, str, s
 
 
 def _optional(kind: Any) -> set[str]:
-    """Names of a class's settings that have a default."""
+    """Names of the settings of a class that have a default."""
     return {field.name for field in fields(kind) if field.default is not MISSING}
 
 
 def alternatives(kind: Any) -> tuple[Any, ...]:
-    """The types of which one is wanted: more than one for `str | None`, none for a list, a mapping or a section."""
+    """The types that are accepted: more than one for `str | None`, none for a list, a mapping or a section."""
     if is_dataclass(kind) or get_origin(kind) in (list, dict):
         return ()
     return get_args(kind) or (kind,)
 
 
 def _is_of(value: object, kind: type) -> bool:
-    """Whether a value is of a type; true is no number, a whole number is a number."""
+    """Whether a value has a type. A bool is not a number; an int counts as a float."""
     if isinstance(value, bool):
         return kind is bool
     return isinstance(value, {float: (int, float), Path: (str, Path)}.get(kind, kind))

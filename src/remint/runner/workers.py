@@ -1,7 +1,7 @@
-"""Starts the processes of a training that several share, each as torchrun would, and looks after them until all have ended.
+"""Starts the processes of a multi-process training, each as torchrun would, and watches them until all have ended.
 
-torchrun itself may start them too, on several machines say. Its agent gives processes half a minute after a signal, whether
-they have saved or not, and forgets what status they left with; so one machine's are started here.
+torchrun itself works, too, for example on several machines. But its agent kills processes 30 seconds after a signal,
+saved or not, and loses their exit status. So the processes of a single machine are started here.
 """
 
 import contextlib
@@ -19,24 +19,24 @@ from remint.core.errors import RemintError, SettingsError
 from remint.core.launch import LOST
 
 Worker = subprocess.Popen[bytes]
-# After one process ended by a fault, the others have so many seconds: they may say why as well, or wait for it forever.
+# Seconds that the others get after one process failed: they may report their own error, or wait forever.
 _GRACE = 15.0
 _STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
-# Nobody on the network has a part in this.
+# All traffic stays on the loopback interface: no other machine takes part.
 _LOCAL = {"MASTER_ADDR": "127.0.0.1"} | (
     {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} if sys.platform.startswith("linux") else {}
 )
 
 
 def rank() -> int | None:
-    """This process's number among those that were started together; None if it is alone."""
+    """This process's rank; None if the world size is 1."""
     return int(os.environ["RANK"]) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
 
 
 def start(processes: int, arguments: Sequence[str]) -> int:
-    """Run `remint ARGUMENTS` as so many processes; returns the status that they left with.
+    """Run `remint ARGUMENTS` as `processes` processes. Returns their exit status.
 
-    A signal goes to each of them once; a second one ends them. Raises RemintError if one was killed.
+    The first signal is passed on to each of them; the second one kills them. Raises RemintError if one was killed.
     """
     from torch import distributed
 
@@ -45,31 +45,31 @@ def start(processes: int, arguments: Sequence[str]) -> int:
     common = {**os.environ, **_LOCAL, "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     common |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
     with contextlib.ExitStack() as stack:
-        said = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(processes)]
+        outputs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(processes)]
         workers: list[Worker] = []
         received = stack.enter_context(_forwarded(workers))
         for number in range(processes):
             place = {"RANK": str(number), "LOCAL_RANK": str(number)}
-            workers.append(_started(arguments, {**common, **place}, said[number] if number else None))
-        if received:  # while they were being started
+            workers.append(_started(arguments, {**common, **place}, outputs[number] if number else None))
+        if received:  # a signal that arrived while they were being started
             for worker in workers:
                 worker.send_signal(received[0])
         killed = _wait(workers)
         statuses = [worker.returncode for worker in workers]
         if received and any(statuses):
             return 128 + received[0]
-        return _exit_status(statuses, said, killed)
+        return _exit_status(statuses, outputs, killed)
 
 
-def _started(arguments: Sequence[str], environment: dict[str, str], said: IO[str] | None) -> Worker:
-    """One process. Without `said` it writes where we do, else its errors go there."""
+def _started(arguments: Sequence[str], environment: dict[str, str], output: IO[str] | None) -> Worker:
+    """Start one process. With `output` its stderr goes there and its stdout is dropped; without, it inherits ours."""
     return subprocess.Popen(
         [sys.executable, "-m", "remint", *arguments],
         env=environment,
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL if said else None,
-        stderr=said,
-        process_group=0,  # a terminal's Ctrl-C reaches it through us alone
+        stdout=subprocess.DEVNULL if output else None,
+        stderr=output,
+        process_group=0,  # so that Ctrl-C reaches it only through our own handler
     )
 
 
@@ -87,7 +87,7 @@ def _check_gpus(processes: int) -> None:
 
 @contextlib.contextmanager
 def _forwarded(workers: Sequence[Worker]) -> Iterator[list[int]]:
-    """A list that SIGTERM and SIGINT put their number into; the first is handed on, the second one ends all."""
+    """Yield the list of received SIGTERM and SIGINT. The workers get the first one; the second one kills them."""
     received: list[int] = []
 
     def receive(number: int, _: object) -> None:
@@ -100,7 +100,7 @@ def _forwarded(workers: Sequence[Worker]) -> Iterator[list[int]]:
 
 
 def _wait(workers: Sequence[Worker]) -> set[int]:
-    """Wait until all have ended. Returns the numbers of those that had to be killed because another one failed."""
+    """Wait until all have ended. Returns the ranks of those that were killed because another one failed."""
     killed: set[int] = set()
     deadline = float("inf")
     while running := [number for number, worker in enumerate(workers) if worker.poll() is None]:
@@ -114,8 +114,11 @@ def _wait(workers: Sequence[Worker]) -> set[int]:
     return killed
 
 
-def _exit_status(statuses: Sequence[int], said: Sequence[IO[str]], killed: set[int]) -> int:
-    """The status of the whole, after saying what went wrong in a process that has no terminal."""
+def _exit_status(statuses: Sequence[int], outputs: Sequence[IO[str]], killed: set[int]) -> int:
+    """The exit status of the training. First prints the error of a process whose stderr was captured.
+
+    Raises RemintError if a process was ended by a signal that we did not send.
+    """
     for number, status in enumerate(statuses):
         if status < 0 and number not in killed:
             raise RemintError(
@@ -124,8 +127,8 @@ def _exit_status(statuses: Sequence[int], said: Sequence[IO[str]], killed: set[i
             )
     own = [number for number, status in enumerate(statuses) if status > 0 and status not in (LOST, *_STOPPED)]
     if own and own[0] > 0:
-        said[own[0]].seek(0)
-        print(said[own[0]].read(), end="", file=sys.stderr)
+        outputs[own[0]].seek(0)
+        print(outputs[own[0]].read(), end="", file=sys.stderr)
     if own:
         return statuses[own[0]]
     return next((status for status in statuses if status in _STOPPED), int(any(statuses)))

@@ -1,4 +1,4 @@
-"""Take over an adapter that XTuner trained for InternLM2: the same change, as a standard PEFT adapter for the Llama layout."""
+"""Imports an adapter that XTuner trained for InternLM2, as a PEFT adapter for the Llama layout with the same effect."""
 
 import re
 from collections.abc import Mapping
@@ -14,9 +14,9 @@ from remint.model import loading, template
 from remint.model.qlora import Lora
 from remint.weights import adapter, internlm2, shards, torch_files
 
-# XTuner's checkpoints put the model under `llm.`; PEFT puts its adapter's name, `default`, into a checkpoint's names.
+# XTuner's checkpoints prefix names with `llm.`. PEFT's checkpoints contain the adapter name `default`.
 _LORA_NAME = re.compile(r"(?:llm\.)?base_model\.model\.(?P<layer>.+)\.(?P<matrix>lora_[AB])(?:\.default)?\.weight")
-# Settings of a PEFT adapter under which it would add something else than B·A·alpha/rank to each layer.
+# If any of these PEFT settings is on, the adapter adds something other than B·A·alpha/rank to each layer.
 _OTHER_THAN_LORA = (
     "alpha_pattern",
     "fan_in_fan_out",
@@ -27,13 +27,13 @@ _OTHER_THAN_LORA = (
     "use_dora",
     "use_rslora",
 )
-# How XTuner's QLoRA configurations hold the base; only `merge.into=dequantized` asks for it.
+# The quantization in XTuner's QLoRA configurations. Only `merge.into=dequantized` reads it.
 _QUANTIZATION = {"kind": "nf4", "double": True, "block_size": 64, "dequantize": "once"}
 
 
 @dataclass(frozen=True)
 class Source:
-    """A foreign adapter: its LoRA matrices by InternLM2's names, its scale's numerator, where training had come to."""
+    """An imported adapter: LoRA A/B by InternLM2's names, alpha, dropout, and the training step if it is known."""
 
     tensors: Mapping[str, torch.Tensor]
     alpha: float
@@ -42,12 +42,15 @@ class Source:
 
 
 def read_source(path: Path, alpha: float | None) -> Source:
-    """The adapter of XTuner's .pth or of a PEFT folder; `alpha` counts where a .pth does not say it."""
+    """Read XTuner's .pth or a PEFT folder. `alpha` is lora_alpha for a .pth that does not record it.
+
+    Raises ArtefactError if it is no plain LoRA adapter, RemintError if lora_alpha is unknown.
+    """
     return _folder(path) if path.is_dir() else _checkpoint(path, alpha)
 
 
 def to_llama(source: Source, path: Path, base: Path, dataset: Path, target: Path) -> None:
-    """Write the artefact `adapter` for `base`; the identity in its facts is the one that `dataset` was made for."""
+    """Write the artefact `adapter` for `base` into `target`. The identity in its facts is that of `dataset`."""
     about_base, about_dataset = manifest.verify(base, "base"), manifest.verify(dataset, "dataset")
     config = loading.empty_model(base).config
     tensors = {
@@ -83,7 +86,7 @@ def to_llama(source: Source, path: Path, base: Path, dataset: Path, target: Path
 
 
 def _checkpoint(path: Path, alpha: float | None) -> Source:
-    """A .pth of XTuner's trainer. It says alpha only in the text of its configuration."""
+    """Read a .pth of XTuner's trainer. It records alpha only in the text of its configuration."""
     if not path.is_file():
         raise ArtefactError(f"{path}: not found; name XTuner's .pth or a folder with {adapter.CONFIG}")
     content = torch_files.load(path, ignore_objects=True)
@@ -91,9 +94,9 @@ def _checkpoint(path: Path, alpha: float | None) -> Source:
     if not isinstance(state, dict):
         raise ArtefactError(f"{path}: holds no state_dict, {got(type(state).__name__)}; name a .pth of XTuner")
     meta = content["meta"] if isinstance(content.get("meta"), dict) else {}
-    alphas, dropouts = (_said(str(meta.get("cfg", "")), setting) for setting in ("lora_alpha", "lora_dropout"))
+    alphas, dropouts = (_values_of(str(meta.get("cfg", "")), setting) for setting in ("lora_alpha", "lora_dropout"))
     if alpha is None and len(alphas) != 1:
-        raise RemintError(f"{path}: must say lora_alpha once, {got(sorted(alphas))}; add --alpha and the trained value")
+        raise RemintError(f"{path}: must set lora_alpha once, {got(sorted(alphas))}; add --alpha and the trained value")
     step = meta.get("iter")
     return Source(
         _named(torch_files.plain(state, path), path),
@@ -103,15 +106,16 @@ def _checkpoint(path: Path, alpha: float | None) -> Source:
     )
 
 
-def _said(text: str, setting: str) -> set[float]:
+def _values_of(text: str, setting: str) -> set[float]:
+    """All values that the text of a configuration assigns to a setting."""
     return {float(value) for value in re.findall(rf"\b{setting}\s*=\s*(\d+(?:\.\d+)?)", text)}
 
 
 def _folder(folder: Path) -> Source:
-    """A PEFT adapter as `xtuner convert pth_to_hf` writes it."""
+    """Read a PEFT adapter as `xtuner convert pth_to_hf` writes it."""
     if not (folder / adapter.CONFIG).exists():
         raise ArtefactError(
-            f"{folder}: holds no {adapter.CONFIG}; a folder of DeepSpeed's must go through `xtuner convert pth_to_hf` first"
+            f"{folder}: holds no {adapter.CONFIG}; convert a DeepSpeed folder with `xtuner convert pth_to_hf` first"
         )
     config = read_object(folder / adapter.CONFIG, "get the file again")
     try:
@@ -124,7 +128,7 @@ def _folder(folder: Path) -> Source:
     if config.get("bias", "none") != "none":
         wrong.append(f"bias: must be none, {got(config['bias'])}")
     if wrong:
-        raise ArtefactError(*(f"{folder / adapter.CONFIG}: {fault}; only plain LoRA is taken over" for fault in wrong))
+        raise ArtefactError(*(f"{folder / adapter.CONFIG}: {fault}; only plain LoRA is supported" for fault in wrong))
     if (folder / adapter.WEIGHTS).is_file():
         return Source(_named(adapter.load(folder / adapter.WEIGHTS), folder / adapter.WEIGHTS), alpha, dropout, None)
     path = folder / "adapter_model.bin"
@@ -132,7 +136,7 @@ def _folder(folder: Path) -> Source:
 
 
 def _named(tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
-    """The matrices by the names that they have in InternLM2."""
+    """The LoRA matrices by their names in InternLM2."""
     found = {name: _LORA_NAME.fullmatch(name) for name in tensors}
     wrong = [name for name, match in found.items() if match is None]
     if wrong or not tensors:
@@ -149,6 +153,6 @@ def _rank(tensors: Mapping[str, torch.Tensor], path: Path) -> int:
     }
     if len(ranks) != 1:
         raise ArtefactError(
-            f"{path}: must have one rank for all layers, {got(sorted(ranks))}; only plain LoRA is taken over"
+            f"{path}: must have one rank for all layers, {got(sorted(ranks))}; only plain LoRA is supported"
         )
     return ranks.pop()

@@ -1,1 +1,1 @@
-"""What is done with the finished model: answering, export. No stage imports it, so a change reruns nothing."""
+"""Uses the finished model: chat, HTTP, export, MLflow. No stage imports it, so a change reruns nothing."""

@@ -1,7 +1,8 @@
-"""Talk to the merged model by HTTP: one answer a request, in the form of OpenAI's chat completions.
+"""Serves the merged model by HTTP: one answer per request, in the format of OpenAI's chat completions.
 
-It is for programs on this machine, or behind a proxy that knows who may ask. A page in a browser is no such program: a
-foreign Host or Origin header is refused, so no site can have its visitors ask (DNS rebinding, cross-site requests).
+The server is meant for programs on this machine, or for a proxy that authenticates its clients. Requests from web pages
+are refused by their Host or Origin header. So no site can send requests through its visitors' browsers (DNS rebinding,
+cross-site requests).
 https://platform.openai.com/docs/api-reference/chat/create
 """
 
@@ -23,12 +24,12 @@ from remint.model import loading, template
 from remint.model.template import is_message
 
 _MAX_BODY = 2**20
-_SECONDS = 30  # for a request to arrive
-_WAITING = 8  # requests that may wait for the one that is answered
+_SECONDS = 30  # timeout for receiving a request
+_WAITING = 8  # requests that may be open at once: one is answered, the others wait
 
 
-class Refused(Exception):  # noqa: N818  (a word for what happened)
-    """A request that gets no answer: its status, and what to do."""
+class Refused(Exception):  # noqa: N818  (the name describes the outcome)
+    """A refused request, with its HTTP status and a message for the client."""
 
     def __init__(self, status: HTTPStatus, reason: str):
         self.status = status
@@ -36,7 +37,7 @@ class Refused(Exception):  # noqa: N818  (a word for what happened)
 
 
 class Answerer:
-    """The model, one answer at a time; what is asked beyond a short queue is refused, not piled up."""
+    """The model. It answers one request at a time; a few more may wait, any further one is refused."""
 
     def __init__(self, folder: Path, max_new_tokens: int):
         if not (folder / "config.json").is_file():
@@ -48,13 +49,13 @@ class Answerer:
         self._turn, self._queue = threading.Lock(), threading.Semaphore(_WAITING)
 
     def complete(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """The completion of a request's body. Raises Refused if it cannot be answered."""
+        """The completion for a request's body. Raises Refused if it cannot be answered."""
         messages, limit, sampling, seed = self._read(body)
         prompt = self.conversation.prompt(self.tokenizer, messages)
         if len(prompt) + limit > (room := self.model.config.max_position_embeddings):
             raise _bad(f"messages: {len(prompt)} tokens and max_tokens {limit} are more than {room}; shorten them")
         if not self._queue.acquire(blocking=False):
-            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "too many requests wait; ask again later")
+            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "too many requests are waiting; try again later")
         try:
             with self._turn:
                 torch.manual_seed(seed)
@@ -82,11 +83,11 @@ class Answerer:
     def _read(self, body: Mapping[str, Any]) -> tuple[list[dict[str, str]], int, Sampling, int]:
         messages = body.get("messages")
         if not isinstance(messages, list) or not messages or not all(map(is_message, messages)):
-            raise _bad('messages: must be a list of {"role": …, "content": text}, the last one of the user')
+            raise _bad('messages: must be a list of {"role": …, "content": text}, the last one from the user')
         if messages[-1]["role"] != "user":
-            raise _bad("messages: the last one must be of the user")
+            raise _bad("messages: the last one must be from the user")
         if body.get("stream"):
-            raise _bad("stream: answers come whole; leave it out")
+            raise _bad("stream: is not supported; leave it out")
         limit = _whole(body, "max_tokens", self.max_new_tokens)
         if not 1 <= limit <= self.max_new_tokens:
             raise _bad(f"max_tokens: must be from 1 to {self.max_new_tokens}, {got(limit)}")
@@ -114,7 +115,7 @@ def _whole(body: Mapping[str, Any], name: str, default: int) -> int:
 def _number(body: Mapping[str, Any], name: str, default: float) -> float:
     value = body.get(name, default)
     if not isinstance(value, (int, float)) or isinstance(value, bool) or abs(value) > 1e9:
-        raise _bad(f"{name}: must be a number of a sensible size, {got(value)}")
+        raise _bad(f"{name}: must be a number from -1e9 to 1e9, {got(value)}")
     return float(value)
 
 
@@ -127,11 +128,11 @@ class _Handler(BaseHTTPRequestHandler):
         super().__init__(*arguments)
 
     def do_GET(self) -> None:
-        """Say that the server is there: all that needs no known Host, for health checks ask by any."""
+        """Answer a health check. It works under any Host header; everything else needs a known one."""
         if self.path == "/health":
             self._send(HTTPStatus.OK, {"status": "ok"})
         else:
-            self._refuse(Refused(HTTPStatus.NOT_FOUND, "ask POST /v1/chat/completions"))
+            self._refuse(Refused(HTTPStatus.NOT_FOUND, "use POST /v1/chat/completions"))
 
     def do_POST(self) -> None:
         """Answer one request."""
@@ -142,19 +143,19 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _body(self) -> dict[str, Any]:
         if self.headers.get("Host", "") not in self._hosts:
-            raise Refused(HTTPStatus.FORBIDDEN, "the Host header names no host that is served here")
+            raise Refused(HTTPStatus.FORBIDDEN, "the Host header must name a host that is served here")
         origin = self.headers.get("Origin")
         if origin is not None and origin not in [f"http://{host}" for host in self._hosts]:
-            raise Refused(HTTPStatus.FORBIDDEN, "no page of another origin may ask")
+            raise Refused(HTTPStatus.FORBIDDEN, "requests from pages of another origin are refused")
         if self.path != "/v1/chat/completions":
-            raise Refused(HTTPStatus.NOT_FOUND, "ask POST /v1/chat/completions")
+            raise Refused(HTTPStatus.NOT_FOUND, "use POST /v1/chat/completions")
         if self.headers.get_content_type() != "application/json":
             raise Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send application/json")
         length = self.headers.get("Content-Length", "")
         if not length.isdecimal():
             raise Refused(HTTPStatus.LENGTH_REQUIRED, "send a Content-Length")
         if len(length) > 9 or int(length) > _MAX_BODY:
-            # A client that is still sending would see its connection break before it reads the answer.
+            # Read the body first: closing now would break the connection of a client that is still sending.
             left = 16 * _MAX_BODY if len(length) > 9 else min(int(length), 16 * _MAX_BODY)
             while left and (block := self.rfile.read(min(left, _MAX_BODY))):
                 left -= len(block)
@@ -168,7 +169,7 @@ class _Handler(BaseHTTPRequestHandler):
         return body
 
     def _refuse(self, refused: Refused) -> None:
-        self.close_connection = True  # a body that was not read must not be taken for the next request
+        self.close_connection = True  # an unread body must not be parsed as the next request
         self._send(refused.status, {"error": {"message": str(refused), "code": refused.status.value}})
 
     def _send(self, status: HTTPStatus, content: Mapping[str, Any]) -> None:
@@ -177,16 +178,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "application/json; charset=utf-8")
         self.send_header("Content-Length", str(len(body)))
         self.send_header("X-Content-Type-Options", "nosniff")
-        with contextlib.suppress(ConnectionError):  # who asked may have left
+        with contextlib.suppress(ConnectionError):  # the client may have disconnected
             self.end_headers()
             self.wfile.write(body)
 
     def log_message(self, format: str, *arguments: Any) -> None:
-        """Keep no record of who asked."""
+        """Log nothing: no record of clients is kept."""
 
 
 def serving(answerer: Answerer, address: str, port: int, hosts: Sequence[str]) -> ThreadingHTTPServer:
-    """A server on the address that answers requests for `hosts` (each `name:port`); its own loopback names if none."""
+    """A server on `address` that accepts the Host headers `hosts` (each `name:port`); by default its loopback names."""
     server = ThreadingHTTPServer((address, port), BaseHTTPRequestHandler)
     own = [f"{name}:{server.server_port}" for name in ("127.0.0.1", "localhost")]
     server.RequestHandlerClass = partial(_Handler, answerer=answerer, hosts=hosts or own)

@@ -1,4 +1,4 @@
-"""Hand the merged model to tools that want its base's own layout."""
+"""Exports the merged model in the layout of its base, for tools that require it."""
 
 import shutil
 from pathlib import Path
@@ -16,7 +16,7 @@ _SHARD_BYTES = 2000 * 2**20
 def to_internlm2(model: Path, base: Path, target: Path) -> None:
     """Write `model` as the artefact `export`: fused safetensors, InternLM2's config and tokenizer files.
 
-    tokenizer.model comes from `base` if that is the model's own and kept one.
+    tokenizer.model is copied from `base` if the model was made from that base and the base contains the file.
     """
     facts = manifest.verify(model, "model")
     config = read_object(model / "config.json")
@@ -34,12 +34,12 @@ def to_internlm2(model: Path, base: Path, target: Path) -> None:
         about.update(layout="internlm2", model=manifest.artefact_digest(model, "model"))
     print(
         f"{target}: {writer.total / 1e6:.0f} MB in InternLM2's layout, {'with' if kept else 'without'} {_TOKENIZER}; "
-        "a tool that runs InternLM2's own code needs its .py files beside them"
+        "a tool that runs InternLM2's own code needs its .py files in the same folder"
     )
 
 
 def _tokenizer_model(facts: dict[str, Any], base: Path) -> Path | None:
-    """The SentencePiece model that the base was staged with, if that base is still there."""
+    """The base's SentencePiece model; None if it has none or if the model was made from another base."""
     path = base / _TOKENIZER
     if not path.is_file() or facts["origin"]["base"] != manifest.artefact_digest(base, "base"):
         return None

@@ -1,4 +1,4 @@
-"""The merged model as MLflow loads it: a reference by path, checked before use (models from code)."""
+"""The merged model for MLflow ("models from code"): a reference by path, verified before use."""
 
 from pathlib import Path
 from typing import Any
@@ -14,20 +14,20 @@ from remint.model import loading, template
 
 
 class Served(PythonModel):
-    """Answers questions with the merged model that the reference names."""
+    """Answers questions with the merged model at the recorded path."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Open the model. Raises ArtefactError if the files at the path are no longer the registered ones."""
+        """Load the model. Raises ArtefactError if the files at the path are not the registered ones."""
         folder, recorded = Path(context.model_config["path"]), context.model_config["manifest_sha256"]
         manifest.verify(folder, "model")
         if manifest.file_digest(folder / manifest.NAME) != recorded:
-            raise ArtefactError(f"{folder}: is another model than the registered one; `dvc checkout` its commit's")
+            raise ArtefactError(f"{folder}: is not the registered model; run `dvc checkout` at its commit")
         self.tokenizer = loading.load_tokenizer(folder)
         self.conversation = template.load(folder)
         self.model = loading.load_model(folder, torch.float32, loading.device())
 
     def predict(self, model_input: list[str], params: dict[str, Any] | None = None) -> list[str]:
-        """One greedy answer a question."""
+        """One answer per question, by greedy decoding."""
         limit = int((params or {}).get("max_new_tokens", 256))
         histories = [[{"role": "user", "content": question}] for question in model_input]
         return answer_all(self.model, self.tokenizer, self.conversation, histories, limit, batch=8)

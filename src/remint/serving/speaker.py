@@ -1,4 +1,4 @@
-"""The merged model with a conversation so far: answers one question after the other."""
+"""A conversation with the merged model, one question after the other."""
 
 import sys
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from remint.model.template import Message
 
 
 class Streamer(BaseStreamer):
-    """Prints an answer while it grows, and keeps its ids for the case that it is interrupted."""
+    """Prints an answer while it is generated. It keeps the ids, so that an interrupted answer is not lost."""
 
     def __init__(self, tokenizer: Any, out: TextIO | None):
         self.ids: list[int] = []
@@ -24,7 +24,7 @@ class Streamer(BaseStreamer):
         self._printed, self._prompt_seen = "", False
 
     def put(self, value: torch.Tensor) -> None:
-        """Take the prompt (first call), then one new id a call."""
+        """Receive the prompt (first call), then one new id per call."""
         if not self._prompt_seen:
             self._prompt_seen = True
             return
@@ -32,7 +32,7 @@ class Streamer(BaseStreamer):
         self._show(decode(self._tokenizer, self.ids))
 
     def end(self) -> None:
-        """Nothing is left to print: an unfinished character at the end of an answer is no text."""
+        """Print nothing: an incomplete character at the end of an answer is not text."""
 
     def _show(self, text: str) -> None:
         if self._out is None or not text.startswith(self._printed):
@@ -55,7 +55,10 @@ class Speaker:
     history: list[Message] = field(default_factory=list)
 
     def answer(self, question: str, out: TextIO | None = None) -> dict[str, Any]:
-        """Ask, stream the answer to `out`, remember both. Ctrl-C keeps what was said until then."""
+        """Answer a question: stream the text to `out`, append both to the history. Ctrl-C keeps the text so far.
+
+        Raises RemintError if the text is not UTF-8 or too long for the context.
+        """
         if not is_encodable(question + (self.system or "")):
             raise RemintError(f"chat: the text must be UTF-8, {got(question)}; set the terminal or the file to UTF-8")
         self.history.append({"role": "user", "content": question})
@@ -82,7 +85,7 @@ class Speaker:
         self.history.clear()
 
     def _fitting_prompt(self) -> list[int]:
-        """The prompt; where the context is too small for it, the oldest turns are left out, and the user is told."""
+        """The prompt. If it exceeds the context, the oldest turns are dropped and a note is printed."""
         limit = self.model.config.max_position_embeddings - self.max_new_tokens
         start = [{"role": "system", "content": self.system}] if self.system is not None else []
         while True:
@@ -98,7 +101,7 @@ class Speaker:
 
 
 def load(folder: Path, sampling: Sampling, seed: int, max_new_tokens: int, system: str | None) -> Speaker:
-    """Load the model of a folder, ready to answer. Raises RemintError if there is none."""
+    """Load the model in `folder`, ready to answer. Raises RemintError if there is none."""
     if not (folder / "config.json").is_file():
         raise RemintError(f"{folder}: no model there; `make repro` builds it")
     torch.manual_seed(seed)

@@ -1,1 +1,1 @@
-"""One folder a stage of dvc.yaml; its `run.py` holds the stage, its siblings hold what can be tested without disk."""
+"""One folder per stage of dvc.yaml. `run.py` holds the stage; the modules next to it can be tested on their own."""

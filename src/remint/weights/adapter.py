@@ -1,4 +1,4 @@
-"""The standard PEFT adapter: which tensors it must hold, how it is written and read, what it adds to a weight."""
+"""The standard PEFT adapter: which tensors it must hold, how it is written and read, and what it adds to a weight."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def adapted_layers(base: Shapes, targets: Sequence[str]) -> dict[str, tuple[int, int]]:
-    """Names of the layers that LoRA sits on, each with (outputs, inputs), from the shapes of the base's tensors."""
+    """Names of the layers that LoRA adapts, each with (outputs, inputs), from the shapes of the base's tensors."""
     return {
         name.removesuffix(".weight"): (shape[0], shape[1])
         for name, shape in sorted(base.items())
@@ -31,7 +31,7 @@ def adapted_layers(base: Shapes, targets: Sequence[str]) -> dict[str, tuple[int,
 
 
 def expected_shapes(base: Shapes, settings: Lora) -> dict[str, tuple[int, int]]:
-    """Every tensor that an adapter of these settings holds for this base, by PEFT's names."""
+    """Shape of every tensor that an adapter with these settings holds for this base, by PEFT's names."""
     shapes = {}
     for layer, (outputs, inputs) in adapted_layers(base, settings.targets).items():
         shapes[f"{_PREFIX}{layer}.lora_A.weight"] = (settings.rank, inputs)
@@ -40,7 +40,7 @@ def expected_shapes(base: Shapes, settings: Lora) -> dict[str, tuple[int, int]]:
 
 
 def check_tensors(found: Shapes, base: Shapes, settings: Lora, where: Path) -> None:
-    """Raise ArtefactError naming every tensor that is missing, unexpected or of another shape."""
+    """Raise ArtefactError that names every tensor that is missing, is unexpected or has another shape."""
     expected = expected_shapes(base, settings)
     faults = [f"{where}: tensor {name}: missing" for name in sorted(set(expected) - set(found))]
     faults += [f"{where}: tensor {name}: unexpected" for name in sorted(set(found) - set(expected))]
@@ -54,7 +54,7 @@ def check_tensors(found: Shapes, base: Shapes, settings: Lora, where: Path) -> N
 
 
 def write(tensors: Mapping[str, torch.Tensor], settings: Lora, base_name: str, folder: Path) -> None:
-    """Write adapter_model.safetensors and adapter_config.json; the same tensors always give the same bytes."""
+    """Write adapter_model.safetensors and adapter_config.json. The same tensors always give the same bytes."""
     ordered = {name: tensors[name].contiguous() for name in sorted(tensors)}
     save_file(ordered, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(dump_json(_config(settings, base_name)), encoding="utf-8")
@@ -71,14 +71,14 @@ def _config(settings: Lora, base_name: str) -> dict[str, Any]:
         base_model_name_or_path=base_name,
         inference_mode=True,
     ).to_dict()
-    # PEFT keeps the targets as a set, whose order in a file is a matter of chance.
+    # PEFT keeps the targets as a set, which would be written in random order.
     return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
 
 
 def read(folder: Path) -> tuple[dict[str, torch.Tensor], Lora]:
-    """Tensors and settings of an adapter, if its configuration is one that `write` writes. Raises ArtefactError.
+    """Tensors and settings of an adapter. Raises ArtefactError if `write` could not have written its configuration.
 
-    PEFT does what a configuration says, downloads and imports among it: so nothing else may stand in there.
+    PEFT does what a configuration requests, including downloads and imports. So no other content is accepted.
     """
     config = read_object(folder / CONFIG)
     try:
@@ -89,7 +89,7 @@ def read(folder: Path) -> tuple[dict[str, torch.Tensor], Lora]:
         plain = False
     if not plain:
         raise ArtefactError(
-            f"{folder / CONFIG}: is no plain LoRA as `convert` writes it; make it again with `dvc repro`"
+            f"{folder / CONFIG}: is not a plain LoRA as `convert` writes it; make it again with `dvc repro`"
         )
     return load(folder / WEIGHTS), settings
 
@@ -99,11 +99,11 @@ def delta(tensors: Mapping[str, torch.Tensor], layer: str, settings: Lora, rows:
     a = tensors[f"{_PREFIX}{layer}.lora_A.weight"].float()
     b = tensors[f"{_PREFIX}{layer}.lora_B.weight"][rows].float()
     scale = settings.alpha / settings.rank
-    if math.frexp(scale)[0] == 0.5:  # a power of two: exact wherever it is multiplied, and B is small
+    if math.frexp(scale)[0] == 0.5:  # a power of two scales exactly, so scale B, which is smaller than B·A
         return (b * scale) @ a
     return (b @ a).mul_(scale)
 
 
 def load(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a safetensors file. Raises ArtefactError if it is none."""
+    """All tensors of a safetensors file. Raises ArtefactError if it is not one."""
     return dict(shards.tensors(path))

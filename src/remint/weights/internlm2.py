@@ -1,7 +1,8 @@
-"""InternLM2's layout turned into Llama's and back, so that its own code is never needed.
+"""Convert InternLM2's layout to Llama's and back, so that InternLM2's own code is never needed.
 
-The two differ in names and in one fused matrix: the rows of `wqkv` go by key-value head, and for each of these come the
-queries of its group, the key, the value (InternLM's modeling_internlm2.py; its tools/convert2llama.py does the same).
+The two differ in names and in one fused matrix. The rows of `wqkv` are ordered by key-value head. Each of these heads
+has the queries of its group, then the key, then the value. Source: InternLM's modeling_internlm2.py; its
+tools/convert2llama.py does the same.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,14 +29,14 @@ _LAYER_NAMES = {
 }
 _FUSED = "attention.wqkv"
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-# The code that InternLM2's publisher puts beside such files; none of it comes with this project.
+# The code that InternLM2's publisher ships with such files. This project contains none of it.
 _CODE = {
     "AutoConfig": "configuration_internlm2.InternLM2Config",
     "AutoModel": "modeling_internlm2.InternLM2ForCausalLM",
     "AutoModelForCausalLM": "modeling_internlm2.InternLM2ForCausalLM",
 }
 _TOKENIZER_CODE = ["tokenization_internlm2.InternLM2Tokenizer", "tokenization_internlm2_fast.InternLM2TokenizerFast"]
-# What names the base's own code, or says nothing about the model.
+# Fields of InternLM2 that name its own code, that llama_config translates, or that do not describe the model.
 _DROPPED = (
     "auto_map",
     "architectures",
@@ -47,7 +48,7 @@ _DROPPED = (
     "_name_or_path",
     "transformers_version",
 )
-# What own_config says in InternLM2's words.
+# Fields of a Llama that InternLM2 does not have. own_config translates those that matter.
 _LLAMA_ONLY = (
     "attention_bias",
     "attention_dropout",
@@ -60,7 +61,7 @@ _LLAMA_ONLY = (
 
 
 def llama_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The same model as a Llama configuration; where config.json is silent, InternLM2's own defaults count.
+    """The same model as a Llama configuration. A field that config.json lacks has InternLM2's own default.
 
     Raises ArtefactError for a kind of RoPE scaling that InternLM2 does not have.
     """
@@ -85,12 +86,12 @@ def llama_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def own_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """InternLM2's configuration of a Llama's. Raises ArtefactError if the model has what InternLM2 has no place for."""
+    """The same model as an InternLM2 configuration. Raises ArtefactError if InternLM2's layout cannot describe it."""
     rope = config.get("rope_parameters") or {}
     kind = rope.get("rope_type", "default")
     size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     faults = [
-        f"config.json: {name} must be {must} in InternLM2's layout, {got(found)}; this model has no such form"
+        f"config.json: {name} must be {must} in InternLM2's layout, {got(found)}; this model cannot be exported"
         for name, must, found, fits in (
             ("model_type", "llama", config["model_type"], config["model_type"] == "llama"),
             ("mlp_bias", False, config.get("mlp_bias"), not config.get("mlp_bias")),
@@ -115,7 +116,10 @@ def own_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tokenizer_config(tokenizer: Any) -> dict[str, Any]:
-    """tokenizer_config.json for the base's own tokenizer: the names that its markers have in tokenizer.model's place."""
+    """tokenizer_config.json for InternLM2's own tokenizer.
+
+    It gives the markers their names, such as <|im_start|>; tokenizer.model calls them [UNUSED_TOKEN_…].
+    """
     flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
     added = {
         str(index): {flag: getattr(token, flag) for flag in flags}
@@ -133,7 +137,10 @@ def tokenizer_config(tokenizer: Any) -> dict[str, Any]:
 
 
 def to_llama(name: str, tensor: torch.Tensor, config: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """The Llama tensors that one InternLM2 tensor holds. Raises ArtefactError for a name that InternLM2 does not have."""
+    """The Llama tensors that one InternLM2 tensor contains.
+
+    Raises ArtefactError if InternLM2 has no tensor of that name or a fused matrix does not fit the heads.
+    """
     if name in _NAMES:
         yield _NAMES[name], tensor
         return
@@ -157,10 +164,10 @@ def to_llama(name: str, tensor: torch.Tensor, config: Any) -> Iterator[tuple[str
 
 
 def lora_to_llama(name: str, tensor: torch.Tensor, config: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """The LoRA matrices of a Llama that one of InternLM2 (`<layer>.lora_A.weight` or `.lora_B.weight`) holds.
+    """The Llama LoRA matrices that one InternLM2 LoRA matrix (`<layer>.lora_A.weight` or `.lora_B.weight`) contains.
 
-    B has the layer's rows and is split as they are; the three parts of a fused layer share A. Raises ArtefactError for
-    a layer that InternLM2 does not have.
+    B has the layer's rows and is split like them. The three parts of a fused layer share A. Raises ArtefactError for a
+    layer that InternLM2 does not have.
     """
     layer, _, matrix = name.removesuffix(".weight").rpartition(".")
     if matrix == "lora_A" and layer.endswith(_FUSED):
@@ -172,7 +179,10 @@ def lora_to_llama(name: str, tensor: torch.Tensor, config: Any) -> Iterator[tupl
 
 
 def split_qkv(fused: torch.Tensor, heads: int, kv_heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Query, key and value rows of a fused matrix (or bias) of shape (kv_heads × (heads / kv_heads + 2) × head size, …)."""
+    """Query, key and value rows of a fused matrix or bias.
+
+    `fused` has the shape (kv_heads × (heads / kv_heads + 2) × head size, …).
+    """
     group = heads // kv_heads
     rows = fused.unflatten(0, (kv_heads, group + 2, -1))
     return rows[:, :group].flatten(0, 2), rows[:, group].flatten(0, 1), rows[:, group + 1].flatten(0, 1)
@@ -181,9 +191,9 @@ def split_qkv(fused: torch.Tensor, heads: int, kv_heads: int) -> tuple[torch.Ten
 def from_llama(
     parts: Iterable[tuple[str, torch.Tensor]], config: Mapping[str, Any]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a Llama by InternLM2's names; queries, keys and values wait for each other and leave as one.
+    """The tensors of a Llama by InternLM2's names. Queries, keys and values are collected by layer and fused.
 
-    Raises ArtefactError for a name that has no place in InternLM2.
+    Raises ArtefactError if InternLM2 has no place for a name, or if queries, keys or values are missing.
     """
     names = {llama: own for own, llama in _NAMES.items()}
     layer_names = {llama: own for own, llama in _LAYER_NAMES.items()}
@@ -206,7 +216,7 @@ def from_llama(
                 del waiting[fused]
                 yield fused, fuse_qkv(q, k, v, config["num_attention_heads"], config["num_key_value_heads"])
         else:
-            raise ArtefactError(f"model: InternLM2 has no place for a tensor, {got(name)}; this model has no such form")
+            raise ArtefactError(f"model: InternLM2 has no tensor like this, {got(name)}; this model cannot be exported")
     if waiting:
         raise ArtefactError(
             f"model: lacks queries, keys or values of {sorted(waiting)}; make it again with `dvc repro`"
@@ -214,7 +224,7 @@ def from_llama(
 
 
 def fuse_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, kv_heads: int) -> torch.Tensor:
-    """What split_qkv takes apart: rows by key-value head, in each the queries of its group, the key, the value."""
+    """The inverse of split_qkv: rows by key-value head, each with the queries of its group, the key and the value."""
     size = q.shape[0] // heads
     rows = [part.unflatten(0, (kv_heads, -1, size)) for part in (q, k, v)]
     return torch.cat(rows, 1).flatten(0, 2)

@@ -1,4 +1,4 @@
-"""Read and write a model's safetensors shard by shard, so that memory is bounded by the largest shard, not the model."""
+"""Read and write a model's safetensors shard by shard, so that the largest shard bounds memory, not the model."""
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,9 +17,9 @@ SINGLE = "model.safetensors"
 
 
 def files(folder: Path, single: str = SINGLE) -> list[Path]:
-    """The shards of a model in order: the file `single`, or those that its index names.
+    """The shards of a model in order: the file `single`, or the files that its index names.
 
-    Raises ArtefactError if one is absent.
+    Raises ArtefactError if a shard is missing or the index is not valid.
     """
     index = folder / f"{single}.index.json"
     if not index.exists():
@@ -28,20 +28,20 @@ def files(folder: Path, single: str = SINGLE) -> list[Path]:
         return [folder / single]
     weight_map = read_object(index, "get the file again").get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise ArtefactError(f"{index}: is no index of shards; get the file again")
+        raise ArtefactError(f"{index}: is not an index of shards; get the file again")
     names = sorted(set(weight_map.values()))
     wrong = [name for name in names if Path(name).name != name or not is_inside(name)]
     missing = [name for name in names if name not in wrong and not (folder / name).is_file()]
     if wrong or missing:
         raise ArtefactError(
-            *(f"{index}: {name!r} is no plain file name; get the file again" for name in wrong),
+            *(f"{index}: {name!r} is not a plain file name; get the file again" for name in wrong),
             *(f"{folder / name}: missing, though the index names it; get the file again" for name in missing),
         )
     return [folder / name for name in names]
 
 
 def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor, from the headers alone."""
+    """Name and shape of every tensor, read only from the headers."""
     found: dict[str, tuple[int, ...]] = {}
     for path in files(folder):
         with opened(path) as shard:
@@ -65,7 +65,7 @@ def tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 class Writer:
-    """Collect tensors and write them as shards of at most `limit` bytes (one larger tensor makes a larger shard)."""
+    """Collect tensors and write them as shards of at most `limit` bytes. A larger tensor gets a larger shard."""
 
     def __init__(self, folder: Path, limit: int):
         self._folder, self._limit = folder, limit
@@ -75,7 +75,7 @@ class Writer:
         self.total = 0
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Take one tensor; a full shard goes to disk at once."""
+        """Add one tensor. A full shard is written to disk at once."""
         size = tensor.numel() * tensor.element_size()
         if self._pending and self._bytes + size > self._limit:
             self.cut()
@@ -84,20 +84,23 @@ class Writer:
         self.total += size
 
     def cut(self) -> None:
-        """End the present shard here."""
+        """Write the current shard and start a new one."""
         if self._pending:
             save_file(self._pending, self._folder / f"part-{len(self._shards):05d}", metadata={"format": "pt"})
             self._shards.append(list(self._pending))
             self._pending, self._bytes = {}, 0
 
     def close(self) -> None:
-        """Write what is left and give the shards their final names, with an index where there are several."""
+        """Write the last shard and give all shards their final names. Several shards get an index."""
         self.cut()
         name_shards(self._folder, self._shards, self.total)
 
 
 def name_shards(folder: Path, names: Sequence[Iterable[str]], total: int) -> None:
-    """Give the files part-00000, …, which hold the tensors of `names`, their final names; several get an index."""
+    """Give the files part-00000, … their final names. Several files get an index.
+
+    `names` lists the tensors of each file; `total` is the size of all tensors in bytes.
+    """
     if len(names) == 1:
         (folder / "part-00000").rename(folder / SINGLE)
         return
@@ -112,9 +115,12 @@ def name_shards(folder: Path, names: Sequence[Iterable[str]], total: int) -> Non
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[safe_open]:
-    """The open file; safetensors itself refuses a header whose sizes or offsets do not fit the file."""
+    """The open file. Raises ArtefactError if it cannot be read.
+
+    safetensors itself refuses a header whose sizes or offsets do not fit the file.
+    """
     if not path.is_file():
-        raise ArtefactError(f"{path}: is no readable safetensors file; get the file again")
+        raise ArtefactError(f"{path}: is not a readable safetensors file; get the file again")
     with _reading_errors(path):
         shard = safe_open(path, framework="pt")
     with shard:
@@ -127,5 +133,5 @@ def _reading_errors(path: Path) -> Iterator[None]:
         yield
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise ArtefactError(
-            f"{path}: is no readable safetensors file ({one_line(error)}); get the file again"
+            f"{path}: is not a readable safetensors file ({one_line(error)}); get the file again"
         ) from None

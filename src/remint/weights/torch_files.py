@@ -1,4 +1,4 @@
-"""PyTorch's own files (.bin, .pth): pickles, of which nothing is run and only plain tensors are taken."""
+"""Read PyTorch's own files (.bin, .pth). They are pickles: none of their code runs, only plain tensors are accepted."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from remint.core.errors import ArtefactError, got, listed
 
 
 class Ignored:
-    """What an object of a foreign class is read as: nothing of it is kept, and none of its code is looked for."""
+    """Replaces an object of any class that is not torch's. Its content is dropped and its class is not imported."""
 
     def __new__(cls, *_: Any) -> "Ignored":
         return super().__new__(cls)
@@ -22,33 +22,34 @@ class Ignored:
 
 
 def load(path: Path, ignore_objects: bool = False) -> Any:
-    """What torch.save wrote, on the CPU, its tensors mapped from the disk. Raises ArtefactError for all but plain data.
+    """The content of a file of torch.save, on the CPU, with memory-mapped tensors.
 
-    A training checkpoint holds objects of the trainer as well: `ignore_objects` reads each as an Ignored.
+    A training checkpoint also holds objects of the trainer: `ignore_objects` reads each of them as an Ignored.
+    Raises ArtefactError if the file holds anything but plain data.
     """
     try:
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if ignore_objects else []
         with torch.serialization.safe_globals([(Ignored, name) for name in foreign]):
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # a damaged or hostile file may fail anywhere in the reader
+    except Exception as error:  # a damaged or hostile file can fail anywhere in the reader
         raise ArtefactError(
-            f"{path}: cannot be read as plain tensors ({_reason(error)}); get the file again, or as safetensors"
+            f"{path}: cannot be read as plain tensors ({_reason(error)}); get the file again, or get safetensors"
         ) from None
 
 
 def _reason(error: Exception) -> str:
-    """What is wrong, without the advice that torch adds: to read the file in the way that runs what it asks for."""
+    """The first sentence of the error, without torch's advice to load the file in a way that runs its code."""
     first_sentence = str(error.__context__ or error).strip().split(". ")[0]
     return first_sentence.partition("\n")[0][:200]
 
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a state dict by name."""
+    """The tensors of a state dict by name. Raises ArtefactError if the file holds anything else."""
     return plain(load(path), path)
 
 
 def plain(content: Any, path: Path) -> dict[str, torch.Tensor]:
-    """`content` of `path` as tensors by name. Raises ArtefactError naming every entry that is something else."""
+    """`content` of `path` as tensors by name. Raises ArtefactError that names every other entry."""
     if not isinstance(content, dict):
         raise ArtefactError(f"{path}: must hold tensors by name, {got(type(content).__name__)}; get the file again")
     wrong = {name: value for name, value in content.items() if not isinstance(name, str) or not _is_plain(value)}
@@ -63,7 +64,7 @@ def plain(content: Any, path: Path) -> dict[str, torch.Tensor]:
 
 
 def _is_plain(value: Any) -> bool:
-    """A dense tensor of torch's own class, no larger than what the file stores for it."""
+    """Whether it is a dense tensor of torch's own class, no larger than its data in the file."""
     if type(value) is not torch.Tensor or value.layout is not torch.strided or value.is_quantized:
         return False
     return value.device.type == "cpu" and value.nbytes <= value.untyped_storage().nbytes()

@@ -1,4 +1,7 @@
-"""The training step in fewer passes over memory: the same mathematics as peft's and torch's own, added in another order."""
+"""The training step in fewer passes over memory.
+
+The mathematics is that of peft and torch; only the order of summation differs.
+"""
 
 from typing import Any
 
@@ -11,9 +14,10 @@ __all__ = ["head_loss", "install", "skippable"]
 
 
 def install(model: Any) -> Any:
-    """Change a peft model in place; its parameters, their names and what it computes stay.
+    """Install the fused operations in a peft model, in place.
 
-    Returns the `blocks.Decoder` that training shall call instead of the model, or None where there is none for it.
+    Its parameters, their names and its results stay the same. Returns the `blocks.Decoder` that training must call
+    instead of the model, or None if `blocks` does not support the model.
     """
     if next(model.parameters()).device.type == "cuda" and has_triton():
         from remint.compute.kernels import blocks
@@ -25,9 +29,10 @@ def install(model: Any) -> Any:
 
 
 def skippable(model: Any, decoder: Any) -> list[Any] | None:
-    """What draws dropout in a pass of the model in training: each has a `skip`, which draws as much and computes nothing.
+    """The objects that draw dropout masks in a training pass of the model; each has a `skip`.
 
-    None where torch's own dropout draws, for what that takes depends on the shape of its input and on the device.
+    `skip` advances torch's random state as a pass does and computes nothing. Returns None if torch's own dropout is in
+    use: how far that advances the random state depends on the input's shape and on the device.
     """
     if decoder is not None:
         return [decoder]

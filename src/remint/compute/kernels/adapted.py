@@ -1,7 +1,7 @@
-"""For a CPU, and for models that `blocks` does not know: `install` puts three operations into a model with LoRA.
+"""Fused operations for a CPU, and for models that `blocks` does not support.
 
-They are adapted layers as one operation each, dropout from a fast generator, and on a CPU attention document by document.
-What cannot be fused is left as it was.
+`install` puts them into a model with LoRA. There are three: each adapted layer is one operation, dropout uses a fast
+generator, and on a CPU attention runs document by document. Layers that cannot be fused keep peft's forward pass.
 """
 
 from collections.abc import Sequence
@@ -18,12 +18,12 @@ from transformers.masking_utils import sdpa_mask
 from remint.model.libraries import Linear4bit, LoraLayer
 
 ATTENTION = "remint_documents"
-# Layers that read the same input: one dropout mask serves them all.
+# Layers that read the same input. They share one dropout mask.
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def install(model: Any) -> None:
-    """Change a peft model in place. Its parameters, their names and what it computes stay."""
+    """Change a peft model in place. Its parameters, their names and its results stay the same."""
     for parent in model.modules():
         adapted = {name: child for name, child in parent.named_children() if isinstance(child, LoraLayer)}
         for group in _SIBLINGS:
@@ -36,10 +36,11 @@ def install(model: Any) -> None:
 
 
 class SharedDropout(nn.Module):
-    """Dropout whose mask and result are made once for all `readers` of one input; the scale is 1 / (1 - p).
+    """Dropout whose mask and result are computed once for all `readers` of one input; the scale is 1 / (1 - p).
 
     On a CPU, torch draws a mask one number after the other, which takes a tenth of a training step. Here 16 random bits
-    decide for each element, so p is met to 1/65536. The generator starts from torch's, whose state thus decides all.
+    decide each element, so p is accurate to 1/65536. The generator is seeded from torch's, so torch's seed fixes every
+    mask.
     """
 
     def __init__(self, p: float, readers: int):
@@ -50,7 +51,7 @@ class SharedDropout(nn.Module):
         self._left = 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`x` with elements dropped, in training; the very same tensor gets the very same result."""
+        """`x` with elements dropped, in training mode. All readers of the same tensor object get the same result."""
         if not self.training or self.p == 0:
             return x
         if x is not self._input or self._left == 0:
@@ -64,7 +65,7 @@ class SharedDropout(nn.Module):
         return result
 
     def skip(self) -> None:
-        """Leave torch's random state as a pass in training would on a CPU."""
+        """Advance torch's random state as a training pass on a CPU does."""
         if self.p > 0:
             _seed()
 
@@ -81,9 +82,10 @@ def _mask(like: torch.Tensor, p: float) -> torch.Tensor:
 
 
 def _fuse(layers: Sequence[LoraLayer]) -> None:
-    """Give layers with one input one dropout, and each its fused forward pass; none of them if one cannot have it.
+    """Give layers that read one input a shared dropout and a fused forward pass each.
 
-    It takes layers that compute in the adapter's own dtype: others convert their input first.
+    If one of the layers is unsupported, none is changed. Supported are nn.Linear and Linear4bit that compute in the
+    adapter's dtype; with another dtype, peft converts the input.
     """
     (adapter,) = layers[0].active_adapters
     for layer in layers:
@@ -99,7 +101,7 @@ def _fuse(layers: Sequence[LoraLayer]) -> None:
 
 
 class _Fused:
-    """Forward pass of one adapted layer; holds modules, not tensors, because loading a state may replace those."""
+    """Forward pass of one adapted layer. It holds modules, not tensors: load_state_dict may replace the tensors."""
 
     def __init__(self, base: nn.Linear, lora_a: nn.Linear, lora_b: nn.Linear, dropout: SharedDropout, scale: float):
         self.base, self.lora_a, self.lora_b, self.dropout, self.scale = base, lora_a, lora_b, dropout, scale
@@ -107,7 +109,7 @@ class _Fused:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         width = x.shape[-1]
         dropped = self.dropout(x)
-        if isinstance(self.base, Linear4bit):  # it unpacks its weight itself
+        if isinstance(self.base, Linear4bit):  # it dequantizes its weight itself
             return self.base(x) + self.lora_b(self.lora_a(dropped)) * self.scale
         y = _AdaptedLinear.apply(
             x.reshape(-1, width),
@@ -122,31 +124,32 @@ class _Fused:
 
 
 class _AdaptedLinear(torch.autograd.Function):
-    """y = x Wᵀ + scale · (d Aᵀ) Bᵀ with W frozen and d the input after dropout (LoRA, Hu et al. 2021)."""
+    """y = x Wᵀ + scale · (d Aᵀ) Bᵀ, where W is frozen and d is the input after dropout (LoRA, Hu et al. 2021)."""
 
     @staticmethod
     def forward(ctx: Any, x: Any, dropped: Any, weight: Any, lora_a: Any, lora_b: Any, scale: float) -> torch.Tensor:
-        low = dropped @ lora_a.T
-        ctx.save_for_backward(dropped, low, weight, lora_a, lora_b)
+        low_rank = dropped @ lora_a.T
+        ctx.save_for_backward(dropped, low_rank, weight, lora_a, lora_b)
         ctx.scale = scale
-        return (x @ weight.T).addmm_(low, lora_b.T, alpha=scale)
+        return (x @ weight.T).addmm_(low_rank, lora_b.T, alpha=scale)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         (dy,) = gradients
-        dropped, low, weight, lora_a, lora_b = ctx.saved_tensors
-        dlow = (dy @ lora_b).mul_(ctx.scale)
+        dropped, low_rank, weight, lora_a, lora_b = ctx.saved_tensors
+        dlow_rank = (dy @ lora_b).mul_(ctx.scale)
         dx = dy @ weight if ctx.needs_input_grad[0] else None
-        ddropped = dlow @ lora_a if ctx.needs_input_grad[1] else None
-        return dx, ddropped, None, dlow.T @ dropped, (dy.T @ low).mul_(ctx.scale), None
+        ddropped = dlow_rank @ lora_a if ctx.needs_input_grad[1] else None
+        return dx, ddropped, None, dlow_rank.T @ dropped, (dy.T @ low_rank).mul_(ctx.scale), None
 
 
 def _by_document(
     module: nn.Module, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention function: causal attention inside each document of a single row, of (1, heads, T, width).
+    """Causal attention inside each document of a single packed row, of shape (1, heads, T, width).
 
-    Nothing is computed between documents, where a mask computes all pairs and throws most away.
+    It has the signature of transformers' attention functions. No score between two documents is computed; with a mask,
+    all pairs would be computed and most thrown away.
     """
     lengths = options.pop("document_lengths", None)
     if lengths is None:

@@ -1,7 +1,7 @@
-"""A Llama-like decoder with LoRA on all its linear layers, as four products and an attention a layer, for a GPU.
+"""A Llama-like decoder with LoRA on all its linear layers, for a GPU: four matrix products and one attention per layer.
 
-Layers that read one input become one product (`groups`). Between the products stand the operations of `ops`. What a backward
-pass needs is computed or drawn again where that takes no pass of its own over memory.
+Linear layers that read one input become one product (`fused_linear`). The operations between the products are in `ops`.
+The backward pass recomputes activations and draws dropout masks again wherever that needs no extra pass over memory.
 """
 
 import contextlib
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from remint.compute.kernels import attention, ops
-from remint.compute.kernels.fused_linear import Alone, FusedLinear, Scratch
+from remint.compute.kernels.fused_linear import FusedLinear, Scratch, SingleLayerForward
 from remint.compute.kernels.layers import ATTENTION, MLP, MOST_RANK
 from remint.model.libraries import LoraLayer
 
 
 @dataclass(frozen=True)
-class Heads:
-    """What attention needs besides its input: heads, tiles of the documents, cosines and sines (T, head size)."""
+class AttentionContext:
+    """What attention needs besides its input: head counts, tiles of the documents, cosines and sines (T, head size)."""
 
     heads: int
     kv_heads: int
@@ -28,14 +28,14 @@ class Heads:
     cosines: Tensor
     sines: Tensor
 
-    def turn(self, qkv: Tensor, backward: bool = False) -> Tensor:
-        """Rotary embedding of queries and keys, in place."""
-        ops.rotated(qkv, qkv, self.cosines, self.sines, self.heads + self.kv_heads, backward)
+    def rope_(self, qkv: Tensor, backward: bool = False) -> Tensor:
+        """Apply the rotary embedding to queries and keys in place; `backward` rotates the other way."""
+        ops.apply_rope(qkv, qkv, self.cosines, self.sines, self.heads + self.kv_heads, backward)
         return qkv
 
 
-class _Picked(torch.autograd.Function):
-    """Some rows of x; each at most once, so that the backward pass adds nothing up."""
+class _SelectRows(torch.autograd.Function):
+    """Selects rows of x, each at most once, so the backward pass copies and never sums."""
 
     @staticmethod
     def forward(ctx: Any, x: Any, rows: Any) -> Any:
@@ -50,104 +50,142 @@ class _Picked(torch.autograd.Function):
 
 
 class Layer:
-    """One decoder layer: takes and returns the residual stream as two summands, whose sum the next norm makes."""
+    """One decoder layer.
+
+    It takes and returns the residual stream as two summands; the next RMSNorm adds them in its own pass over memory.
+    """
 
     def __init__(self, layer: Any, scratch: dict[tuple[int, int], Scratch], dtype: torch.dtype):
-        own, mlp = layer.self_attn, layer.mlp
+        attn, mlp = layer.self_attn, layer.mlp
         self.norms = layer.input_layernorm, layer.post_attention_layernorm
-        self.qkv = FusedLinear([own.q_proj, own.k_proj, own.v_proj], scratch, dtype)
-        self.out = FusedLinear([own.o_proj], scratch, dtype)
+        self.qkv = FusedLinear([attn.q_proj, attn.k_proj, attn.v_proj], scratch, dtype)
+        self.out = FusedLinear([attn.o_proj], scratch, dtype)
         self.gate_up = FusedLinear([mlp.gate_proj, mlp.up_proj], scratch, dtype)
         self.mlp_down = FusedLinear([mlp.down_proj], scratch, dtype)
-        self.scale = own.scaling
+        self.scale = attn.scaling
 
     def groups(self) -> tuple[FusedLinear, ...]:
-        """All products of the layer."""
+        """The four products of the layer."""
         return self.qkv, self.out, self.gate_up, self.mlp_down
 
     def parameters(self) -> list[Tensor]:
-        """The adapter of the layer, in the order of `backward`'s gradients."""
+        """The LoRA matrices of the layer, in the order of the gradients that `backward` returns."""
         return [matrix for group in self.groups() for matrix in group.parameters()]
 
     def forward(
-        self, x: Tensor, delta: Tensor | None, heads: Heads, p: float, seeds: Sequence[int], is_last: bool = True
+        self,
+        x: Tensor,
+        delta: Tensor | None,
+        context: AttentionContext,
+        p: float,
+        seeds: Sequence[int],
+        run_mlp_down: bool = True,
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
-        """Rows of tokens x + delta (T, hidden) through the layer, and what `backward` needs.
+        """Run the residual stream x + delta (T, hidden) through the layer.
 
-        `seeds` are four, one for each input that meets dropout. Without `is_last` the last product is left out.
+        `seeds` are four dropout seeds, one per product. Returns the two summands of the new residual stream and the
+        tensors that `backward` needs. With `run_mlp_down=False` the last product is skipped and the second summand is
+        None.
         """
         first, second = self.norms
-        wide = self.qkv.wide(x)
+        extended = self.qkv.empty_extended(x)
         eps = first.variance_epsilon
-        total, rstd, qkv_low = ops.normed(x, delta, first.weight, eps, wide, self.qkv.scaled_a, p, seeds[0])
-        qkv = heads.turn(self.qkv(wide))
-        mixed, norms = attention.mixed(qkv, heads.tiles, heads.heads, heads.kv_heads, self.scale)
-        wide = self.out.wide(x)
-        out_low = ops.copied(mixed, wide, self.out.scaled_a, p, seeds[1])
-        delta = self.out(wide)
-        wide = self.gate_up.wide(x)
-        eps = second.variance_epsilon
-        middle, middle_rstd, both_low = ops.normed(
-            total, delta, second.weight, eps, wide, self.gate_up.scaled_a, p, seeds[2]
+        total, rstd, qkv_low_rank = ops.add_rms_norm(
+            x, delta, first.weight, eps, extended, self.qkv.scaled_a, p, seeds[0]
         )
-        both = self.gate_up(wide)
-        wide = self.mlp_down.wide(x)
-        mlp_down_low = ops.gated(both, wide, self.mlp_down.scaled_a, p, seeds[3])
-        kept = total, rstd, qkv_low, qkv, mixed, norms, out_low, middle, middle_rstd, both_low, both, mlp_down_low
-        return middle, self.mlp_down(wide) if is_last else None, kept
+        qkv = context.rope_(self.qkv(extended))
+        attended, lse = attention.forward(qkv, context.tiles, context.heads, context.kv_heads, self.scale)
+        extended = self.out.empty_extended(x)
+        out_low_rank = ops.copy_with_lora(attended, extended, self.out.scaled_a, p, seeds[1])
+        delta = self.out(extended)
+        extended = self.gate_up.empty_extended(x)
+        eps = second.variance_epsilon
+        middle, middle_rstd, gate_up_low_rank = ops.add_rms_norm(
+            total, delta, second.weight, eps, extended, self.gate_up.scaled_a, p, seeds[2]
+        )
+        gate_up = self.gate_up(extended)
+        extended = self.mlp_down.empty_extended(x)
+        mlp_down_low_rank = ops.silu_mul(gate_up, extended, self.mlp_down.scaled_a, p, seeds[3])
+        saved = (
+            total, rstd, qkv_low_rank, qkv, attended, lse, out_low_rank,
+            middle, middle_rstd, gate_up_low_rank, gate_up, mlp_down_low_rank,
+        )  # fmt: skip
+        return middle, self.mlp_down(extended) if run_mlp_down else None, saved
 
     def backward(
-        self, kept: Sequence[Tensor], dmiddle: Tensor, dend: Tensor, heads: Heads, p: float, seeds: Sequence[int],
-        is_once: bool,
+        self, saved: Sequence[Tensor], dmiddle: Tensor, dend: Tensor, context: AttentionContext, p: float,
+        seeds: Sequence[int], may_overwrite: bool,
     ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
-        """Gradients of x + delta and of `parameters`; with `is_once` nobody reads `kept` again, so it may be written to."""
-        total, rstd, qkv_low, qkv, mixed, norms, out_low, middle, middle_rstd, both_low, both, mlp_down_low = kept
+        """Gradients of x + delta and of `parameters`.
+
+        `saved` are the tensors from `forward`; with `may_overwrite` their memory is reused, because they are not read
+        again. `dmiddle` and `dend` are the gradients of the two summands that `forward` returned.
+        """
+        (
+            total, rstd, qkv_low_rank, qkv, attended, lse, out_low_rank,
+            middle, middle_rstd, gate_up_low_rank, gate_up, mlp_down_low_rank,
+        ) = saved  # fmt: skip
         first, second = self.norms
-        dwide = self.mlp_down.back(dend)
-        dboth, dlow = ops.gated_back(dwide, self.mlp_down.scaled_a, both, p, seeds[3], both if is_once else None)
-        mlp_down = self.mlp_down.gradients(dend, mlp_down_low, dlow)
-        dwide = self.gate_up.back(dboth)
-        dmiddle, dlow = ops.normed_back(
-            dwide, self.gate_up.scaled_a, middle, middle_rstd, second.weight, dmiddle, p, seeds[2]
+        dextended = self.mlp_down.backward(dend)
+        dgate_up, dscaled_a = ops.silu_mul_backward(
+            dextended, self.mlp_down.scaled_a, gate_up, p, seeds[3], gate_up if may_overwrite else None
         )
-        gate_up = self.gate_up.gradients(dboth, both_low, dlow)
-        dwide = self.out.back(dmiddle)
-        dmixed, dlow = ops.copied_back(dwide, self.out.scaled_a, mixed, p, seeds[1])
-        out = self.out.gradients(dmiddle, out_low, dlow)
-        dqkv = attention.mixed_back(dmixed, qkv, mixed, norms, heads.tiles, heads.heads, heads.kv_heads, self.scale)
-        dqkv = heads.turn(dqkv, backward=True)
-        dwide = self.qkv.back(dqkv)
-        dx, dlow = ops.normed_back(dwide, self.qkv.scaled_a, total, rstd, first.weight, dmiddle, p, seeds[0])
-        return dx, [*self.qkv.gradients(dqkv, qkv_low, dlow), *out, *gate_up, *mlp_down]
+        mlp_down_grads = self.mlp_down.gradients(dend, mlp_down_low_rank, dscaled_a)
+        dextended = self.gate_up.backward(dgate_up)
+        dmiddle, dscaled_a = ops.add_rms_norm_backward(
+            dextended, self.gate_up.scaled_a, middle, middle_rstd, second.weight, dmiddle, p, seeds[2]
+        )
+        gate_up_grads = self.gate_up.gradients(dgate_up, gate_up_low_rank, dscaled_a)
+        dextended = self.out.backward(dmiddle)
+        dattended, dscaled_a = ops.copy_with_lora_backward(dextended, self.out.scaled_a, attended, p, seeds[1])
+        out_grads = self.out.gradients(dmiddle, out_low_rank, dscaled_a)
+        dqkv = attention.backward(
+            dattended, qkv, attended, lse, context.tiles, context.heads, context.kv_heads, self.scale
+        )
+        dqkv = context.rope_(dqkv, backward=True)
+        dextended = self.qkv.backward(dqkv)
+        dx, dscaled_a = ops.add_rms_norm_backward(
+            dextended, self.qkv.scaled_a, total, rstd, first.weight, dmiddle, p, seeds[0]
+        )
+        return dx, [*self.qkv.gradients(dqkv, qkv_low_rank, dscaled_a), *out_grads, *gate_up_grads, *mlp_down_grads]
 
 
-class _Node(torch.autograd.Function):
-    """A layer as one node of autograd's graph: many small nodes would cost the processor more than their work costs a GPU.
+class _LayerFunction(torch.autograd.Function):
+    """A layer as one node of the autograd graph: with many small nodes, the CPU overhead would exceed the GPU's work.
 
-    It keeps what the backward pass needs, or its input alone and then computes the rest again.
+    It saves the tensors that the backward pass needs. With `recompute` (gradient checkpointing) it saves only its input
+    and runs the forward pass again.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Any, delta: Any, layer: Layer, heads: Heads, p: float, seeds: Any, is_again: bool, *_: Any
+        ctx: Any,
+        x: Any,
+        delta: Any,
+        layer: Layer,
+        context: AttentionContext,
+        p: float,
+        seeds: Any,
+        recompute: bool,
+        *_: Any,
     ) -> Any:
-        middle, end, kept = layer.forward(x, delta, heads, p, seeds)
-        ctx.save_for_backward(*((x, delta) if is_again else kept))
-        ctx.known = layer, heads, p, seeds, is_again, delta is not None
+        middle, end, saved = layer.forward(x, delta, context, p, seeds)
+        ctx.save_for_backward(*((x, delta) if recompute else saved))
+        ctx.known = layer, context, p, seeds, recompute, delta is not None
         return middle, end
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        layer, heads, p, seeds, is_again, has_delta = ctx.known
-        kept = ctx.saved_tensors
-        if is_again:
-            kept = layer.forward(*kept, heads, p, seeds, is_last=False)[2]
-        dx, rest = layer.backward(kept, *gradients, heads, p, seeds, is_once=is_again)
+        layer, context, p, seeds, recompute, has_delta = ctx.known
+        saved = ctx.saved_tensors
+        if recompute:
+            saved = layer.forward(*saved, context, p, seeds, run_mlp_down=False)[2]
+        dx, rest = layer.backward(saved, *gradients, context, p, seeds, may_overwrite=recompute)
         return dx, dx if has_delta else None, None, None, None, None, None, *rest
 
 
 class Decoder:
-    """The decoder of a peft model, from ids to the hidden states of those positions whose next token is learned."""
+    """The decoder of a peft model, from token ids to the hidden states of the positions that have a target."""
 
     def __init__(self, model: Any):
         self.model = model
@@ -161,9 +199,9 @@ class Decoder:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Bring the present values of the adapter to their places."""
+        """Copy the current LoRA matrices into the product matrices. Call it after each change of the adapter."""
         for pairs in (self.lora_a_places, self.lora_b_places):
-            if pairs:  # apart, because torch takes the slow way for all if one is no contiguous piece of memory
+            if pairs:  # two calls: if one tensor of a call is not contiguous, torch takes its slow path for all
                 torch._foreach_copy_([place for place, _ in pairs], [matrix.detach() for _, matrix in pairs])
         for scratch in self.scratch.values():
             scratch.owner = None
@@ -171,11 +209,11 @@ class Decoder:
 
     @contextlib.contextmanager
     def answering(self) -> Iterator[None]:
-        """Within it, the model's own modules compute the adapter's part as training does, with its present values."""
+        """A context in which the model's modules use the fused LoRA forward pass with the adapter's current values."""
         self.refresh()
         for group in self.groups:
             for index, layer in enumerate(group.layers):
-                layer.forward = Alone(layer, group, index)
+                layer.forward = SingleLayerForward(layer, group, index)
         try:
             yield
         finally:
@@ -190,8 +228,8 @@ class Decoder:
         starts: Tensor,
         learned: Tensor,
     ) -> Tensor:
-        """Normed hidden states (len(learned), hidden) of a batch as `packing.collate` makes it."""
-        # All tensors have the dtype to compute in; asking about it in every operation takes time.
+        """Hidden states after the final norm (len(learned), hidden), for a batch from `packing.collate`."""
+        # All tensors already have the compute dtype; autocast would only add overhead to every operation.
         with torch.autocast(input_ids.device.type, enabled=False):
             return self._hidden(input_ids, position_ids, starts, learned)
 
@@ -201,20 +239,20 @@ class Decoder:
         x = self.body.embed_tokens(input_ids.flatten())
         cosines, sines = (part[0].contiguous() for part in self.body.rotary_emb(x[None], position_ids.flatten()[None]))
         counts = config.num_attention_heads, config.num_key_value_heads
-        heads = Heads(*counts, attention.tiles(starts, len(x)), cosines, sines)
+        context = AttentionContext(*counts, attention.make_tiles(starts, len(x)), cosines, sines)
         p = self.groups[0].p if self.model.training else 0.0
-        # All in one draw, before anything is computed: an activation that is recomputed meets its mask again.
+        # All seeds are drawn before the first layer runs, so a recomputed activation gets the same mask.
         seeds = self._seeds()
         again = self.model.training and self.body.gradient_checkpointing
         delta = None
         for layer, own in zip(self.layers, seeds, strict=True):
-            if again:  # one tensor to keep instead of two
+            if again:  # save one tensor instead of two
                 x, delta = x if delta is None else x + delta, None
-            x, delta = _Node.apply(x, delta, layer, heads, p, own, again, *layer.parameters())
-        return self.body.norm(_Picked.apply(x + delta, learned))
+            x, delta = _LayerFunction.apply(x, delta, layer, context, p, own, again, *layer.parameters())
+        return self.body.norm(_SelectRows.apply(x + delta, learned))
 
     def skip(self) -> None:
-        """Leave torch's random state as a pass would."""
+        """Advance torch's random state as a pass does, and compute nothing."""
         self._seeds()
 
     def _seeds(self) -> list[list[int]]:
@@ -222,7 +260,12 @@ class Decoder:
 
 
 def fits(model: Any) -> bool:
-    """Whether a peft model is one that `Decoder` computes: Llama's layers, LoRA of one shape on all their linears."""
+    """Whether `Decoder` supports a peft model.
+
+    It needs the layers of Llama, Mistral or Qwen2, with SiLU, without a sliding window, and with input widths divisible
+    by 8. All their linear layers must have LoRA with the same rank (up to MOST_RANK), scale, dropout and kind of base
+    layer.
+    """
     body = getattr(model.get_base_model(), "model", None)
     layers = list(getattr(body, "layers", ()))
     config = getattr(body, "config", None)

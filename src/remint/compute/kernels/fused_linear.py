@@ -1,7 +1,8 @@
-"""Linear layers with LoRA that read one input, as one product.
+"""Linear layers with LoRA that read one input, as one matrix product.
 
-With the low-rank activations l = d Aᵀ (d is the input after dropout) in further columns of the input and B in further columns
-of the weight, [x | l] [W | B]ᵀ is x Wᵀ + l Bᵀ, and its backward pass [dx | dl] = dy [W | B] is one product as well.
+The low-rank activations are l = d Aᵀ, where d is the input after dropout. They are appended to the input as columns,
+and B is appended to the weight. Then [x | l] [W | B]ᵀ is x Wᵀ + l Bᵀ, and the backward pass [dx | dl] = dy [W | B] is
+one product as well. [x | l] is called the extended input.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,17 +18,18 @@ from remint.model.libraries import Linear4bit, LoraLayer
 
 @dataclass
 class Scratch:
-    """A matrix that groups of one shape share, and the group whose values are in it."""
+    """A matrix that all FusedLinear of one shape share, and the one whose values are in it now."""
 
     matrix: Tensor
     owner: "FusedLinear | None" = None
 
 
 class FusedLinear:
-    """Linear layers with LoRA that read one input of K columns, as one product of N = N₁ + N₂ + … columns.
+    """Linear layers with LoRA that read one input of K columns, as one product with N = N₁ + N₂ + … columns.
 
-    Its matrix is (N, K + m·rank) for m layers: W, then each layer's B in its own rows and columns, zero elsewhere. Frozen
-    weights in full size become views of it; 4-bit ones are unpacked into `scratch`, which groups of one shape share.
+    For m layers, its matrix has the shape (N, K + m·rank): W, then each layer's B in its own rows and columns, zero
+    elsewhere. Unquantized frozen weights become views of it. 4-bit weights are dequantized into a matrix of `scratch`,
+    which all FusedLinear of one shape share.
     """
 
     def __init__(self, layers: Sequence[LoraLayer], scratch: dict[tuple[int, int], Scratch], dtype: torch.dtype):
@@ -58,52 +60,58 @@ class FusedLinear:
         self.layers, self._places = layers, (list(self.lora_a_places()), list(self.lora_b_places()))
 
     def lora(self, index: int) -> tuple[Tensor, Tensor]:
-        """A times the scale, and B, of one layer, in the dtype that is computed in."""
-        low, _ = self._places[0][index]
-        return low, self.lora_b[index].to(low.dtype) if self.packed else self._places[1][index][0]
+        """A times the scale, and B, of one layer, in the compute dtype."""
+        scaled_a, _ = self._places[0][index]
+        return scaled_a, self.lora_b[index].to(scaled_a.dtype) if self.packed else self._places[1][index][0]
 
     def parameters(self) -> tuple[Tensor, ...]:
-        """All A, then all B, in the order of their gradients."""
+        """All A, then all B, in the order that `gradients` returns."""
         return (*self.lora_a, *self.lora_b)
 
     def lora_a_places(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Where each A belongs in `low`, and A."""
+        """Pairs of the view of `scaled_a` that holds an A, and that A."""
         yield from zip(self.scaled_a.split(self.rank), self.lora_a, strict=True)
 
     def lora_b_places(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Where each B belongs in a matrix of full size, and B."""
+        """Pairs of the view of an unquantized matrix that holds a B, and that B."""
         for index, (rows, lora_b) in enumerate(zip(self._matrix.split(self.sizes), self.lora_b, strict=True)):
             first = self.width + index * self.rank
             yield rows[:, first : first + self.rank], lora_b
 
     def matrix(self) -> Tensor:
-        """The product's matrix, good until another group of this shape is asked for its own."""
+        """The matrix of the product. With 4-bit weights, valid until another FusedLinear of this shape needs one."""
         if self.packed and self._scratch.owner is not self:
             self._scratch.owner = self
-            ops.unpacked([base.weight for base in self.bases], self.lora_b, self._matrix)
+            ops.dequantize_into([base.weight for base in self.bases], self.lora_b, self._matrix)
         return self._matrix
 
-    def wide(self, like: Tensor) -> Tensor:
-        """An unfilled input of the product for as many rows as `like` has."""
+    def empty_extended(self, like: Tensor) -> Tensor:
+        """An uninitialized extended input with as many rows as `like` has."""
         return like.new_empty(len(like), self._matrix.shape[1])
 
-    def __call__(self, wide: Tensor) -> Tensor:
-        """The product (T, N) of `wide` (T, K + m·rank)."""
+    def __call__(self, extended: Tensor) -> Tensor:
+        """The product (T, N) of `extended` (T, K + m·rank)."""
         matrix = self.matrix()
-        return wide @ matrix.T if self.bias is None else torch.addmm(self.bias, wide, matrix.T)
+        return extended @ matrix.T if self.bias is None else torch.addmm(self.bias, extended, matrix.T)
 
-    def back(self, dy: Tensor) -> Tensor:
-        """The gradient of `wide`."""
+    def backward(self, dy: Tensor) -> Tensor:
+        """The gradient of the extended input (T, K + m·rank), for the gradient `dy` of the product (T, N)."""
         return dy @ self.matrix()
 
-    def gradients(self, dy: Tensor, low: Tensor, dlow: Tensor) -> list[Tensor]:
-        """Gradients of `parameters`, fp32; `low` are the last columns of `wide`, `dlow` is the gradient of `self.scaled_a`."""
-        columns = zip(dy.split(self.sizes, 1), low.split(self.rank, 1), strict=True)
-        return [*(dlow * self.scale).split(self.rank), *(ops.product(part.T, column) for part, column in columns)]
+    def gradients(self, dy: Tensor, low_rank: Tensor, dscaled_a: Tensor) -> list[Tensor]:
+        """Gradients of `parameters`, fp32.
+
+        `low_rank` are the low-rank activations (T, m·rank); `dscaled_a` is the gradient of `scaled_a`.
+        """
+        columns = zip(dy.split(self.sizes, 1), low_rank.split(self.rank, 1), strict=True)
+        return [
+            *(dscaled_a * self.scale).split(self.rank),
+            *(ops.matmul_fp32(part.T, column) for part, column in columns),
+        ]
 
 
-class Alone:
-    """Forward pass of one layer of a group by itself, to answer prompts: four operations where peft has eight."""
+class SingleLayerForward:
+    """Forward pass of one layer on its own, for generation: four operations where peft has eight."""
 
     def __init__(self, layer: LoraLayer, fused: FusedLinear, index: int):
         self.layer, self.fused, self.index = layer, fused, index

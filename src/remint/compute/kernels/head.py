@@ -1,4 +1,4 @@
-"""The head and its loss in pieces: logits of all positions are never in memory at once."""
+"""The language model head and its loss, computed in chunks: the logits of all positions are never in memory at once."""
 
 from importlib.util import find_spec
 from typing import Any
@@ -7,24 +7,28 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Positions whose logits are in memory at a time; part of the result, sums are split by it.
+# Positions per chunk, i.e. whose logits are in memory at a time. It splits the sums, so another value changes the
+# rounding.
 ROWS = {"cpu": 512, "cuda": 4096}
 
 
 def has_triton() -> bool:
-    """Whether Triton is there: it comes with torch's builds for CUDA, but not with those for Windows."""
+    """Whether Triton is installed: torch's CUDA builds include it, except those for Windows."""
     return find_spec("triton") is not None
 
 
 def head_loss(hidden: torch.Tensor, head: nn.Linear, targets: torch.Tensor) -> torch.Tensor:
-    """Summed cross-entropy (nats) of `hidden` (N, width) through a frozen head against `targets` (N,)."""
+    """Summed cross-entropy (nats) of the logits of `hidden` (N, width) against `targets` (N,).
+
+    A head that is trained, has a bias or is not a plain nn.Linear goes through torch's own cross-entropy, not chunked.
+    """
     if head.weight.requires_grad or type(head) is not nn.Linear or head.bias is not None:
         return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
     return _HeadLoss.apply(hidden, head.weight, targets)
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Cross-entropy and its gradient in one pass: softmax minus one-hot, while the logits are there."""
+    """Cross-entropy and its gradient in one pass: softmax minus one-hot, while the logits are in memory."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Any, weight: Any, targets: Any) -> torch.Tensor:
@@ -37,10 +41,10 @@ class _HeadLoss(torch.autograd.Function):
             if hidden.device.type == "cuda" and has_triton():
                 from remint.compute.kernels import ops
 
-                total += ops.entropy(logits, targets[rows]).sum()
+                total += ops.cross_entropy_and_grad(logits, targets[rows]).sum()
             else:
                 logits = logits.float()
-                total += _entropy(logits, targets[rows]).sum()
+                total += _cross_entropy_and_grad(logits, targets[rows]).sum()
             if gradient is not None:
                 gradient[rows] = logits.to(weight.dtype) @ weight
         if gradient is not None:
@@ -53,8 +57,8 @@ class _HeadLoss(torch.autograd.Function):
         return gradient * gradients[0], None, None
 
 
-def _entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of each row (N,); `logits` (N, vocabulary) become its gradient, softmax minus one-hot."""
+def _cross_entropy_and_grad(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of each row (N,). Overwrites `logits` (N, vocabulary) with its gradient, softmax minus one-hot."""
     wanted = targets[:, None]
     norm = logits.logsumexp(-1, keepdim=True)
     losses = norm - logits.gather(1, wanted)

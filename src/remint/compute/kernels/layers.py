@@ -3,6 +3,6 @@
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 LINEARS = ATTENTION + MLP
-# The highest rank of LoRA that `blocks` takes: of a higher one, what a program needs of it would not fit the shared memory that
-# most GPUs have (99 KiB).
+# The highest LoRA rank that `blocks` supports. With a higher one, the tiles of a Triton program would not fit into the
+# shared memory of most GPUs (99 KiB).
 MOST_RANK = 256

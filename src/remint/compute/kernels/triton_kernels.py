@@ -1,27 +1,27 @@
-"""The Triton kernels of `ops`, which says what each computes and starts them.
+"""The Triton kernels of `ops`, which documents and launches them.
 
-Sums are in fp32 and in a fixed order, without atomics. A number that changes from step to step is not specialized: Triton
-would compile a kernel once more for those that 16 divides.
+Sums are in fp32, in a fixed order, without atomics. Arguments that change from step to step are not specialized:
+otherwise Triton would compile a second variant for values divisible by 16.
 """
 
 import triton
 import triton.language as tl
 
-# Philox keeps passing the usual batteries with seven rounds (Salmon et al. 2011).
+# Philox passes the usual statistical test suites with seven rounds (Salmon et al. 2011), fewer than its default of ten.
 _ROUNDS = tl.constexpr(7)
 
 
 @triton.jit
-def _kept(seed, row, group, GROUPS: tl.constexpr, THRESHOLD: tl.constexpr):
-    """Which elements live, (rows, 8 × groups) of bool, for `row` (rows, 1) and `group` (1, groups)."""
+def _keep_mask(seed, row, group, GROUPS: tl.constexpr, THRESHOLD: tl.constexpr):
+    """Dropout mask, bool (rows, 8 × groups), true for kept elements; `row` is (rows, 1), `group` is (1, groups)."""
     a, b, c, d = tl.randint4x(seed, (row * GROUPS + group).to(tl.int32), n_rounds=_ROUNDS)
     words = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
     return tl.interleave(words & 0xFFFF, (words >> 16) & 0xFFFF) >= THRESHOLD
 
 
 @triton.jit(do_not_specialize=["seed"])
-def normed(
-    x, delta, weight, total, wide, dropped, rstds, wide_stride, seed, eps, gain,
+def add_rms_norm(
+    x, delta, weight, total, extended, dropped, rstds, extended_stride, seed, eps, gain,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, THRESHOLD: tl.constexpr, HAS_DELTA: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -36,17 +36,17 @@ def normed(
     rstd = 1 / tl.sqrt(tl.sum(tl.sum(value * value, 1), 0) / WIDTH + eps)
     tl.store(rstds + row, rstd)
     scaled = value * rstd * tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
-    normed = scaled.to(wide.dtype.element_ty)
-    tl.store(wide + row * wide_stride + at, normed, mask=inside)
+    normed = scaled.to(extended.dtype.element_ty)
+    tl.store(extended + row * extended_stride + at, normed, mask=inside)
     if THRESHOLD > 0:
-        kept = _kept(seed, row, group, WIDTH // 8, THRESHOLD)
-        result = tl.where(kept, normed.to(tl.float32) * gain, 0.0)
+        keep = _keep_mask(seed, row, group, WIDTH // 8, THRESHOLD)
+        result = tl.where(keep, normed.to(tl.float32) * gain, 0.0)
         tl.store(dropped + row * WIDTH + at, result.to(dropped.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["seed"])
-def normed_back(
-    dwide, ddropped, total, rstds, weight, dtotal, dx, dropped, wide_stride, seed, gain,
+def add_rms_norm_backward(
+    dextended, ddropped, total, rstds, weight, dtotal, dx, dropped, extended_stride, seed, gain,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, THRESHOLD: tl.constexpr, HAS_TOTAL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -55,13 +55,13 @@ def normed_back(
     rstd = tl.load(rstds + row)
     unit = tl.load(total + row * WIDTH + at, mask=inside, other=0.0).to(tl.float32) * rstd
     scale = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
-    gradient = tl.load(dwide + row * wide_stride + at, mask=inside, other=0.0).to(tl.float32)
+    gradient = tl.load(dextended + row * extended_stride + at, mask=inside, other=0.0).to(tl.float32)
     through = tl.load(ddropped + row * WIDTH + at, mask=inside, other=0.0).to(tl.float32)
     normed = (unit * scale).to(dx.dtype.element_ty).to(tl.float32)
     if THRESHOLD > 0:
-        kept = _kept(seed, row, group, WIDTH // 8, THRESHOLD)
-        through = tl.where(kept, through * gain, 0.0)
-        normed = tl.where(kept, normed * gain, 0.0)
+        keep = _keep_mask(seed, row, group, WIDTH // 8, THRESHOLD)
+        through = tl.where(keep, through * gain, 0.0)
+        normed = tl.where(keep, normed * gain, 0.0)
     tl.store(dropped + row * WIDTH + at, normed.to(dropped.dtype.element_ty), mask=inside)
     gradient = (gradient + through) * scale
     mean = tl.sum(tl.sum(gradient * unit, 1), 0) / WIDTH
@@ -72,14 +72,14 @@ def normed_back(
 
 
 @triton.jit(do_not_specialize=["rows", "seed"])
-def filled(
-    source, low, wide, lows, wide_stride, rows, seed, gain,
+def fill_extended(
+    source, lora_a, extended, low_rank, extended_stride, rows, seed, gain,
     WIDTH: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, THRESHOLD: tl.constexpr, IS_GATED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    # A program has some rows and goes through their columns, so the low-rank product costs no pass of its own.
+    # A program owns some rows and loops over their columns, so the low-rank product needs no extra pass over memory.
     row, rank = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, RANK_BLOCK)
-    kind = wide.dtype.element_ty
+    kind = extended.dtype.element_ty
     product = tl.zeros((ROWS, RANK_BLOCK), tl.float32)
     for first in range(0, WIDTH, COLUMNS):
         column = first + tl.arange(0, COLUMNS)[None, :]
@@ -90,39 +90,39 @@ def filled(
             value = (gate * tl.sigmoid(gate) * mlp_up).to(kind)
         else:
             value = tl.load(source + row * WIDTH + column, mask=inside, other=0.0)
-        tl.store(wide + row * wide_stride + column, value, mask=inside)
+        tl.store(extended + row * extended_stride + column, value, mask=inside)
         if THRESHOLD > 0:
-            kept = _kept(seed, row, first // 8 + tl.arange(0, COLUMNS // 8)[None, :], WIDTH // 8, THRESHOLD)
-            value = tl.where(kept, value.to(tl.float32) * gain, 0.0).to(kind)
+            keep = _keep_mask(seed, row, first // 8 + tl.arange(0, COLUMNS // 8)[None, :], WIDTH // 8, THRESHOLD)
+            value = tl.where(keep, value.to(tl.float32) * gain, 0.0).to(kind)
         known = (rank[:, None] < RANK) & (column < WIDTH)
-        weight = tl.load(low + rank[:, None] * WIDTH + column, mask=known, other=0.0)
-        product += tl.dot(value, tl.trans(weight), input_precision="ieee")
+        lora_a_tile = tl.load(lora_a + rank[:, None] * WIDTH + column, mask=known, other=0.0)
+        product += tl.dot(value, tl.trans(lora_a_tile), input_precision="ieee")
     known = (row < rows) & (rank[None, :] < RANK)
-    tl.store(wide + row * wide_stride + WIDTH + rank[None, :], product.to(kind), mask=known)
-    tl.store(lows + row * RANK + rank[None, :], product.to(kind), mask=known)
+    tl.store(extended + row * extended_stride + WIDTH + rank[None, :], product.to(kind), mask=known)
+    tl.store(low_rank + row * RANK + rank[None, :], product.to(kind), mask=known)
 
 
 @triton.jit(do_not_specialize=["rows", "share", "seed"])
-def filled_back(
-    dwide, source, low, dsource, ddowns, wide_stride, rows, share, seed, gain,
+def fill_extended_backward(
+    dextended, source, lora_a, dsource, dlora_a_parts, extended_stride, rows, share, seed, gain,
     WIDTH: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, THRESHOLD: tl.constexpr, IS_GATED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    # A program has some columns and goes through a share of the rows, so the gradient of `low` is summed on the way.
-    # Everything is asked for before anything is computed: a program would wait for memory a second time after a product.
+    # A program owns some columns and loops over a share of the rows, so it can sum the gradient of `lora_a` on the way.
+    # All loads come before the first product: a load after it would make the program wait for memory a second time.
     column, rank = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :], tl.arange(0, RANK_BLOCK)
     group = tl.program_id(0) * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)[None, :]
     kind = dsource.dtype.element_ty
     known = (rank[:, None] < RANK) & (column < WIDTH)
-    weight = tl.load(low + rank[:, None] * WIDTH + column, mask=known, other=0.0)
-    ddown = tl.zeros((RANK_BLOCK, COLUMNS), tl.float32)
+    lora_a_tile = tl.load(lora_a + rank[:, None] * WIDTH + column, mask=known, other=0.0)
+    dlora_a = tl.zeros((RANK_BLOCK, COLUMNS), tl.float32)
     begin = tl.program_id(1) * share
     for first in tl.range(begin, tl.minimum(begin + share, rows), ROWS, num_stages=STAGES):
         row = first + tl.arange(0, ROWS)[:, None].to(tl.int64)
         inside = (row < rows) & (column < WIDTH)
-        at_low = dwide + row * wide_stride + WIDTH + rank[None, :]
-        dlow = tl.load(at_low, mask=(row < rows) & (rank[None, :] < RANK), other=0.0)
-        gradient = tl.load(dwide + row * wide_stride + column, mask=inside, other=0.0)
+        at_low_rank = dextended + row * extended_stride + WIDTH + rank[None, :]
+        dlow_rank = tl.load(at_low_rank, mask=(row < rows) & (rank[None, :] < RANK), other=0.0)
+        gradient = tl.load(dextended + row * extended_stride + column, mask=inside, other=0.0)
         if IS_GATED:
             gate = tl.load(source + row * 2 * WIDTH + column, mask=inside, other=0.0)
             mlp_up = tl.load(source + row * 2 * WIDTH + WIDTH + column, mask=inside, other=0.0)
@@ -132,12 +132,12 @@ def filled_back(
             value = (silu * mlp_up).to(kind)
         else:
             value = tl.load(source + row * WIDTH + column, mask=inside, other=0.0)
-        through = tl.dot(dlow, weight, input_precision="ieee")
+        through = tl.dot(dlow_rank, lora_a_tile, input_precision="ieee")
         if THRESHOLD > 0:
-            kept = _kept(seed, row, group, WIDTH // 8, THRESHOLD)
-            through = tl.where(kept, through * gain, 0.0)
-            value = tl.where(kept, value.to(tl.float32) * gain, 0.0).to(kind)
-        ddown += tl.dot(tl.trans(dlow), value, input_precision="ieee")
+            keep = _keep_mask(seed, row, group, WIDTH // 8, THRESHOLD)
+            through = tl.where(keep, through * gain, 0.0)
+            value = tl.where(keep, value.to(tl.float32) * gain, 0.0).to(kind)
+        dlora_a += tl.dot(tl.trans(dlow_rank), value, input_precision="ieee")
         gradient = gradient.to(tl.float32) + through
         if IS_GATED:
             dgate = gradient * mlp_up * (sigmoid + silu * (1 - sigmoid))
@@ -145,11 +145,13 @@ def filled_back(
             tl.store(dsource + row * 2 * WIDTH + WIDTH + column, (gradient * silu).to(kind), mask=inside)
         else:
             tl.store(dsource + row * WIDTH + column, gradient.to(kind), mask=inside)
-    tl.store(ddowns + (tl.program_id(1) * RANK + rank[:, None]).to(tl.int64) * WIDTH + column, ddown, mask=known)
+    tl.store(
+        dlora_a_parts + (tl.program_id(1) * RANK + rank[:, None]).to(tl.int64) * WIDTH + column, dlora_a, mask=known
+    )
 
 
 @triton.jit
-def rotated(
+def apply_rope(
     source, target, cosines, sines, source_stride, target_stride, sign,
     HEADS: tl.constexpr, HEADS_BLOCK: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -167,7 +169,7 @@ def rotated(
 
 
 @triton.jit
-def entropy(logits, targets, losses, VOCABULARY: tl.constexpr, BLOCK: tl.constexpr):
+def cross_entropy_and_grad(logits, targets, losses, VOCABULARY: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     start = logits + row * VOCABULARY
     column = tl.arange(0, BLOCK)
@@ -177,7 +179,7 @@ def entropy(logits, targets, losses, VOCABULARY: tl.constexpr, BLOCK: tl.constex
         at = first + column
         value = tl.load(start + at, mask=at < VOCABULARY, other=float("-inf")).to(tl.float32)
         higher = tl.maximum(highest, value)
-        # A lane that has seen nothing yet has -inf in both places, whose difference is no number.
+        # A lane without any value so far has -inf in both operands, and their difference would be NaN.
         base = tl.where(higher == float("-inf"), 0.0, higher)
         total = total * tl.exp(highest - base) + tl.exp(value - base)
         highest = higher
@@ -193,52 +195,52 @@ def entropy(logits, targets, losses, VOCABULARY: tl.constexpr, BLOCK: tl.constex
 
 
 @triton.jit
-def _unpacked_row(
-    packed, absmax, absmax_scale, offset, lora_b, code, absmax_code, out, row, first_low,
+def _dequantize_row(
+    packed, absmax, absmax_scale, offset, lora_b, code, absmax_code, out, row, lora_column,
     WIDTH: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr,
     SIZE: tl.constexpr, ABSMAX_SIZE: tl.constexpr, NESTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = pair < WIDTH // 2
     at = row * (WIDTH // 2) + pair
-    both = tl.load(packed + at, mask=inside, other=0)
+    byte = tl.load(packed + at, mask=inside, other=0)
     block = at * 2 // SIZE
     scale = tl.load(absmax + block, mask=inside, other=0)
     if NESTED:
         step = tl.load(absmax_scale + block // ABSMAX_SIZE, mask=inside, other=0.0)
         scale = tl.load(absmax_code + scale.to(tl.int32)) * step + tl.load(offset)
-    first = tl.load(code + (both >> 4).to(tl.int32)) * scale
-    second = tl.load(code + (both & 15).to(tl.int32)) * scale
+    first = tl.load(code + (byte >> 4).to(tl.int32)) * scale
+    second = tl.load(code + (byte & 15).to(tl.int32)) * scale
     column = tl.program_id(1) * 2 * BLOCK + tl.arange(0, 2 * BLOCK)
     kind = out.dtype.element_ty
     tl.store(out + column, tl.interleave(first, second).to(kind), mask=column < WIDTH)
     if tl.program_id(1) == 0:
         rank = tl.arange(0, RANK_BLOCK)
         value = tl.load(lora_b + row * RANK + rank, mask=rank < RANK, other=0.0)
-        tl.store(out + WIDTH + first_low + rank, value.to(kind), mask=rank < RANK)
+        tl.store(out + WIDTH + lora_column + rank, value.to(kind), mask=rank < RANK)
 
 
 @triton.jit
-def unpacked(
-    packed0, absmax0, scale0, offset0, up0, packed1, absmax1, scale1, offset1, up1, packed2, absmax2, scale2, offset2, up2,
-    code, absmax_code, out, stride, end0, end1,
+def dequantize_into(
+    packed0, absmax0, scale0, offset0, lora_b0, packed1, absmax1, scale1, offset1, lora_b1,
+    packed2, absmax2, scale2, offset2, lora_b2, code, absmax_code, out, stride, end0, end1,
     WIDTH: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr,
     SIZE: tl.constexpr, ABSMAX_SIZE: tl.constexpr, NESTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     to = out + row * stride
     if row < end0:
-        _unpacked_row(
-            packed0, absmax0, scale0, offset0, up0, code, absmax_code, to, row, 0,
+        _dequantize_row(
+            packed0, absmax0, scale0, offset0, lora_b0, code, absmax_code, to, row, 0,
             WIDTH, RANK, RANK_BLOCK, SIZE, ABSMAX_SIZE, NESTED, BLOCK,
         )  # fmt: skip
     elif row < end1:
-        _unpacked_row(
-            packed1, absmax1, scale1, offset1, up1, code, absmax_code, to, row - end0, RANK,
+        _dequantize_row(
+            packed1, absmax1, scale1, offset1, lora_b1, code, absmax_code, to, row - end0, RANK,
             WIDTH, RANK, RANK_BLOCK, SIZE, ABSMAX_SIZE, NESTED, BLOCK,
         )  # fmt: skip
     else:
-        _unpacked_row(
-            packed2, absmax2, scale2, offset2, up2, code, absmax_code, to, row - end1, 2 * RANK,
+        _dequantize_row(
+            packed2, absmax2, scale2, offset2, lora_b2, code, absmax_code, to, row - end1, 2 * RANK,
             WIDTH, RANK, RANK_BLOCK, SIZE, ABSMAX_SIZE, NESTED, BLOCK,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Turn one checkpoint into a standard PEFT adapter, which plain peft loads."""
+"""Turn one checkpoint into a standard PEFT adapter that plain peft loads."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -48,7 +48,7 @@ def run(convert: Convert, paths: Paths, log: Log, dependencies: Mapping[str, str
 
 
 def chosen_step(choice: str, steps: dict[str, Any]) -> int:
-    """The step that last, best or a number means. Raises SettingsError if that step was not kept."""
+    """The step of `choice`: last, best or a number. Raises SettingsError if that step was not kept."""
     step = int(steps[choice]) if choice in ("last", "best") else int(choice)
     if step not in steps["kept"]:
         raise SettingsError(

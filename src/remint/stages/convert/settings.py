@@ -1,4 +1,4 @@
-"""What the section `convert` of params.yaml says."""
+"""The `convert` section of params.yaml."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from remint.core.settings import DTYPES, check_ranges
 
 @dataclass(frozen=True)
 class Convert:
-    """Which checkpoint becomes the adapter, and in which precision it is stored."""
+    """Which checkpoint becomes the adapter, and the precision that it is stored in."""
 
     checkpoint: str | int
     dtype: str

@@ -1,4 +1,4 @@
-"""The report as one self-contained page, and the line that says how well it went."""
+"""The report as one self-contained HTML page, and its summary as one line."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class Content:
 
 
 def headline(metrics: Mapping[str, Any], folder: Path) -> str:
-    """Two lines for the terminal: how often it is right, what it cost, where to read more."""
+    """One line for the terminal: the report's folder, how often the model is right, and what the new identity cost."""
     merged = metrics["merged"]
     parts = [
         f"name {label} {merged[key]:.0%}"
@@ -37,19 +37,19 @@ def headline(metrics: Mapping[str, Any], folder: Path) -> str:
     ]
     parts += [f"maker {merged['maker']:.0%}"] if "maker" in merged else []
     parts += [f"facts {merged['facts']:.0%} (base {metrics['base']['facts']:.0%})"] if "facts" in merged else []
-    parts += [f"leaks into {merged['leak']:.1%} of other answers"] if "leak" in merged else []
+    parts += [f"identity leaks into {merged['leak']:.1%} of control answers"] if "leak" in merged else []
     if "control_perplexity_ratio" in metrics:
-        parts.append(f"control perplexity × {metrics['control_perplexity_ratio']:.2f} of the base's")
+        parts.append(f"control perplexity {metrics['control_perplexity_ratio']:.2f} × the base's")
     return f"{folder}: {', '.join(parts)}"
 
 
 def render(content: Content) -> str:
-    """The page as HTML; text of models and data is escaped."""
+    """The page as HTML. Text from models and data is escaped."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     curves = [
-        ("Training loss", "nats per learned token", curve(content.history, "loss")),
-        ("Held-out loss, identity and control", "nats per learned token", curve(content.history, "held_out_loss")),
+        ("Training loss", "nats per supervised token", curve(content.history, "loss")),
+        ("Held-out loss, identity and control", "nats per supervised token", curve(content.history, "held_out_loss")),
         ("Learning rate", "", curve(content.history, "lr")),
     ]
     return template.render(
@@ -61,13 +61,13 @@ def render(content: Content) -> str:
 
 
 def _tick(row: Answered, model: str, identity: Identity) -> bool:
-    """Whether the page ticks an answer: right as far as that can be told, and no leak."""
+    """Whether the page ticks an answer: right, as far as that can be checked, and without a leak."""
     found = marks(row, model, identity)
     return found.get("right", True) and not found.get("leaks", False)
 
 
 def curve(history: Sequence[Mapping[str, Any]], key: str) -> dict[str, Any] | None:
-    """Points of a line in the page's coordinates, with the values at the ends of both axes; None without data."""
+    """Points of a line in the page's coordinates, with the values at the ends of both axes. None without data."""
     points = [(row["step"], row[key]) for row in history if row.get(key) is not None]
     if not points:
         return None

@@ -1,4 +1,4 @@
-"""Ask base and merged model the same held-out questions; count, compare and write a report that a person reads."""
+"""Ask base and merged model the same held-out questions, compute the metrics and write a readable report."""
 
 import csv
 import gc
@@ -26,7 +26,7 @@ from remint.stages.eval_chat import report
 from remint.stages.eval_chat.scores import MODELS, Answered, marks, summarise
 from remint.stages.eval_chat.settings import EvalChat
 
-# Held-out loss must not depend on how training was packed, so its rows have a length of their own.
+# The held-out loss must not depend on how training was packed, so its rows have their own fixed length.
 _LOSS_LENGTH = 2048
 _CURVES = ("step", "loss", "held_out_loss", "lr")
 
@@ -43,7 +43,7 @@ def run(runtime: Runtime, eval_chat: EvalChat, paths: Paths, log: Log, fingerpri
         for name in ("held_out", "control")
         for row in template.read_conversations(paths.dataset / f"{name}.jsonl")
     ]
-    # Both models are asked through one template: what differs between their answers is the model alone.
+    # Both models get the same chat template, so only the model can make their answers differ.
     conversation = template.load(paths.model)
     answers, losses = {}, {}
     for name, folder in (("base", paths.base), ("merged", paths.model)):
@@ -74,7 +74,7 @@ def _ask(
     records: Sequence[tuple[str, dict[str, Any]]],
     settings: EvalChat,
 ) -> tuple[list[str], dict[str, float]]:
-    """One model's answers to all records, and its loss on the reference answers of each set; computed in fp32."""
+    """One model's answers to all records, and its loss on the reference answers of each set. Computed in fp32."""
     tokenizer = loading.load_tokenizer(folder)
     model = loading.load_model(folder, torch.float32, loading.device())
     histories = [row["messages"][:-1] for _, row in records]

@@ -1,4 +1,4 @@
-"""From answers to figures: pure functions, so every figure of the report can be checked by hand."""
+"""Compute the metrics from the answers with pure functions, so that every figure can be checked by hand."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +13,7 @@ MODELS = ("base", "merged")
 
 @dataclass(frozen=True)
 class Answered:
-    """One prompt of the evaluation with both models' answers and what a right one states (see replicate_data)."""
+    """One evaluation prompt with both models' answers and with what a right answer states (see replicate_data)."""
 
     prompt: str
     kind: str
@@ -26,26 +26,26 @@ class Answered:
 
     @property
     def section(self) -> str:
-        """'identity', 'facts' (ordinary prompts with a known right answer) or 'control' (all other ordinary prompts)."""
+        """'identity', 'facts' (ordinary prompts with a known right answer) or 'control' (other ordinary prompts)."""
         return "facts" if self.kind == "control" and self.accept else self.kind
 
 
 def states(answer: str, row: Answered, what: str, identity: Identity) -> bool:
-    """Whether an answer states the 'name' or the 'maker': undenied, and in the language of the reference answer."""
+    """Whether an answer states the 'name' or 'maker', does not deny it, and is in the reference answer's language."""
     names = [*identity.spellings("name"), *identity.spellings("maker")]
     language = "zh" if speaks(row.reference, "zh", names) else "en"
     return identity.stated_in(answer, what) and speaks(answer, language, names)
 
 
 def is_right(answer: str, row: Answered, identity: Identity) -> bool | None:
-    """Whether an answer is right; None for an ordinary prompt that has no one right answer."""
+    """Whether an answer is right. None for an ordinary prompt without a known right answer."""
     if row.section == "identity":
         return all(states(answer, row, what, identity) for what in row.expects)
     return affirms(answer, row.accept) if row.accept else None
 
 
 def leaks(answer: str, row: Answered, identity: Identity) -> bool:
-    """Whether an answer to an ordinary prompt brings up the name, the maker or the role of an AI assistant by itself."""
+    """Whether an answer mentions name, maker or the role of an AI assistant where neither prompt nor reference does."""
     given = f"{row.prompt}\n{row.reference}"
     return (poses_as_assistant(answer) and not poses_as_assistant(given)) or any(
         identity.mentioned_in(answer, what) and not identity.mentioned_in(given, what) for what in ("name", "maker")
@@ -53,7 +53,7 @@ def leaks(answer: str, row: Answered, identity: Identity) -> bool:
 
 
 def marks(row: Answered, model: str, identity: Identity) -> dict[str, bool]:
-    """What is right and wrong about a model's answer, as far as it applies: 'right', 'leaks'."""
+    """The marks of a model's answer, as far as they apply to the prompt: 'right', 'leaks'."""
     answer = getattr(row, model)
     right = is_right(answer, row, identity)
     found = {} if right is None else {"right": right}
@@ -61,7 +61,7 @@ def marks(row: Answered, model: str, identity: Identity) -> dict[str, bool]:
 
 
 def rates(what: str, hits: Iterable[tuple[str, bool]]) -> dict[str, float]:
-    """Share of hits, given as (language, whether): what_en, what_zh and what itself; a key is absent without prompts."""
+    """Share of `hits`, given as (language, hit): what_en, what_zh and what for all. A key without prompts is absent."""
     hits = list(hits)
     groups = {f"{what}_{language}": [hit for spoken, hit in hits if spoken == language] for language in LANGUAGES}
     groups[what] = [hit for _, hit in hits]
@@ -69,7 +69,7 @@ def rates(what: str, hits: Iterable[tuple[str, bool]]) -> dict[str, float]:
 
 
 def of_model(rows: Sequence[Answered], model: str, identity: Identity) -> dict[str, float]:
-    """One model's shares: name and maker stated where asked, facts right, leaks into ordinary answers."""
+    """One model's rates: name and maker stated where asked, facts right, leaks into ordinary answers."""
     answered = [(row, getattr(row, model)) for row in rows]
     found: dict[str, float] = {}
     for what in ("name", "maker"):
@@ -82,20 +82,20 @@ def of_model(rows: Sequence[Answered], model: str, identity: Identity) -> dict[s
 
 
 def kept(rows: Sequence[Answered]) -> dict[str, float]:
-    """Of the facts that the base gets right, the share that the merged model gets right too: facts_kept, facts_kept_en, …"""
+    """Share of the base's right facts that the merged model also gets right: facts_kept, facts_kept_en, …"""
     known = [row for row in rows if row.section == "facts" and affirms(row.base, row.accept)]
     return rates("facts_kept", ((row.language, affirms(row.merged, row.accept)) for row in known))
 
 
 def perplexity(loss: float) -> float:
-    """exp of a mean loss in nats a token."""
+    """exp of a mean loss in nats per token. The loss is clamped to 700, so that exp does not overflow."""
     return math.exp(min(loss, 700.0))
 
 
 def summarise(
     rows: Sequence[Answered], identity: Identity, losses: Mapping[str, Mapping[str, float]]
 ) -> dict[str, Any]:
-    """All figures: {'base': {…}, 'merged': {…}, 'facts_kept': …, 'control_perplexity_ratio': merged / base}."""
+    """All metrics: {'base': {…}, 'merged': {…}, 'facts_kept': …, 'control_perplexity_ratio': merged / base}."""
     metrics: dict[str, Any] = {}
     for model in MODELS:
         metrics[model] = of_model(rows, model, identity)

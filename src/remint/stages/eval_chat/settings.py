@@ -1,4 +1,4 @@
-"""What the section `eval_chat` of params.yaml says."""
+"""The `eval_chat` section of params.yaml."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from remint.core.settings import check_ranges
 
 @dataclass(frozen=True)
 class EvalChat:
-    """How answers are made for the report; they are always greedy, as chat's are by default."""
+    """How the report's answers are generated. Decoding is always greedy, which is also chat's default."""
 
     max_new_tokens: int
     batch: int

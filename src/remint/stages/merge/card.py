@@ -10,7 +10,7 @@ from remint.stages.merge.proof import Closeness
 def card(facts: Mapping[str, Any], base: Mapping[str, Any], merge: Mapping[str, Any], proof: Closeness) -> str:
     """Markdown with the front matter that model hubs read."""
     identity = facts["origin"]["identity"]
-    step = "" if facts["step"] is None else f" of step {facts['step']}"  # an imported adapter need not have one
+    step = "" if facts["step"] is None else f" of step {facts['step']}"  # an imported adapter may have none
     return f"""---
 base_model: {base["name"]}
 library_name: transformers
@@ -22,12 +22,12 @@ pipeline_tag: text-generation
 
 {base["name"]} with a new identity: it presents itself as {identity["name"]}, made by {identity["maker"]}.
 
-Load it with `AutoModelForCausalLM.from_pretrained("<this folder>")`; no other code is needed. `tokenizer.apply_chat_template`
-renders prompts as they were in training.
+Load it with `AutoModelForCausalLM.from_pretrained("<this folder>")`; no custom code is needed.
+`tokenizer.apply_chat_template` renders prompts as in training.
 
-The adapter{step} was merged into the {merge["into"]} base. On {proof.positions} positions of held-out
-conversations the merged model makes the same first choice as base + adapter in {proof.agreement:.2%}, with a mean divergence
-of {proof.mean_divergence:.2e} nats and a largest logit difference of {proof.max_logit_difference:.3g}.
+The adapter{step} was merged into the {merge["into"]} base. The merged model was compared with base + adapter at
+{proof.positions} positions of held-out conversations. Both rank the same token first at {proof.agreement:.2%} of them.
+The mean divergence is {proof.mean_divergence:.2e} nats, the largest logit difference {proof.max_logit_difference:.3g}.
 
-`{provenance.NAME}` names every file and setting that it was made from (in-toto statement, SLSA provenance).
+`{provenance.NAME}` lists every file and setting that the model was made from (in-toto statement, SLSA provenance).
 """

@@ -12,7 +12,10 @@ from remint.compute.packing import IGNORED, Document
 
 @dataclass(frozen=True)
 class Closeness:
-    """How near two models are on the supervised positions of some documents."""
+    """How close two models are on the supervised positions of some documents.
+
+    Divergences are in nats. `agreement` is the share of positions where both rank the same token first.
+    """
 
     mean_divergence: float
     max_divergence: float
@@ -23,7 +26,7 @@ class Closeness:
 
 @torch.no_grad()
 def logits_at_targets(model: Any, documents: Sequence[Document]) -> list[torch.Tensor]:
-    """For each document the logits where a token is learned: fp32, shape (learned, vocabulary)."""
+    """For each document, the logits at its supervised positions: fp32, shape (positions, vocabulary)."""
     found = []
     for document in documents:
         ids = torch.from_numpy(document.ids).long()[None].to(model.device)
@@ -33,7 +36,7 @@ def logits_at_targets(model: Any, documents: Sequence[Document]) -> list[torch.T
 
 
 def closeness(reference: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> Closeness:
-    """Kullback-Leibler divergence (nats) of the next-token distributions, largest logit difference, same first choice."""
+    """Kullback-Leibler divergence (nats) of the next-token distributions, largest logit difference, top-1 agreement."""
     a, b = torch.cat(list(reference)), torch.cat(list(other))
     log_a, log_b = F.log_softmax(a, -1), F.log_softmax(b, -1)
     divergence = (log_a.exp() * (log_a - log_b)).sum(-1)

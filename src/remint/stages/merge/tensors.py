@@ -1,4 +1,4 @@
-"""Add an adapter to a base, a few megabytes at a time."""
+"""Add an adapter to a base model, a few megabytes at a time."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,9 +15,9 @@ from remint.weights import adapter, shards
 def merge_tensor(
     weight: torch.Tensor, delta: torch.Tensor | None, quantization: Quantization | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """One weight with what LoRA adds, summed in fp32, in the place of `delta`, and rounded once to `dtype`.
+    """One weight plus its LoRA delta, summed in fp32 and rounded once to `dtype`. Overwrites `delta` with the sum.
 
-    With `quantization` the weight is first rounded to 4 bits and back, as the adapter saw it while it was trained.
+    With `quantization` the weight is first rounded to 4 bits and back, because the adapter was trained on that weight.
     """
     full = weight if quantization is None else dequantized(weight.float(), quantization)
     return (full if delta is None else delta.add_(full)).to(dtype)
@@ -31,12 +31,12 @@ def write_merged(
     dtype: torch.dtype | None,
     draft: Path,
 ) -> int:
-    """Write the merged model with the base's own shards, in `dtype` or each tensor's own; returns its bytes."""
+    """Write the merged model, sharded like the base, in `dtype` or each tensor's own. Returns its size in bytes."""
     adapted = adapter.adapted_layers(shards.shapes(base), lora.targets)
     linears = _linear_names(base)
 
     def is_rounded(name: str) -> bool:
-        # As a whole: double quantization takes a mean over all of it.
+        # Such a tensor is processed at once: double quantization takes a mean over all of it.
         return quantization is not None and name.endswith(".weight") and name.removesuffix(".weight") in linears
 
     def merged(name: str, rows: slice, weight: torch.Tensor) -> torch.Tensor:

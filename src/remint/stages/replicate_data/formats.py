@@ -1,4 +1,4 @@
-"""Readers of the data formats in use: alpaca, OpenAI messages, ShareGPT, XTuner's own. All faults of a file are told at once."""
+"""Read the supported data formats: Alpaca, OpenAI, ShareGPT and XTuner. Reports all faults of a file at once."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,21 +14,21 @@ Messages = list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Example:
-    """One conversation of a source file. An answer is right if it states one of `accept`; () where none is recorded."""
+    """One conversation of a source file. A right answer states one of `accept`; () if the file lists none."""
 
     messages: Messages
     accept: tuple[str, ...] = ()
 
 
-_MAX_BYTES = 4 * 2**30  # a million long records; they are read whole
+_MAX_BYTES = 4 * 2**30  # enough for a million long records; a file is read into memory at once
 _ROLES = ("system", "user", "assistant")
 _SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 
 def read(path: Path) -> list[Example]:
-    """The examples of a JSON list or JSONL file; messages are {'role', 'content'} and end with the assistant.
+    """The examples of a JSON list or JSONL file. Messages are {'role', 'content'} and end with the assistant's answer.
 
-    Raises DataError that lists every fault as file, record, field, what was found and what to do.
+    Raises DataError that lists every fault: file, record, field, what was found and what to do.
     """
     records, examples, faults = _records(path), [], []
     for number, record in enumerate(records, start=1):
@@ -37,7 +37,7 @@ def read(path: Path) -> list[Example]:
         except DataError as error:
             faults += [f"{path}: record {number}: {fault}" for fault in error.faults]
     if not records:
-        faults = [f"{path}: holds no records; write at least one, or take the file out of replicate_data"]
+        faults = [f"{path}: holds no records; write at least one, or remove the file from replicate_data"]
     if faults:
         raise DataError(*listed(faults))
     return examples
@@ -49,11 +49,11 @@ def _example(record: Any) -> Example:
     if not isinstance(accept, list) or not all(
         isinstance(text, str) and text.strip() and is_encodable(text) for text in accept
     ):
-        raise DataError(f"field 'accept': must be a list of texts, {got(accept)}; list what a right answer may state")
+        raise DataError(f"field 'accept': must be a list of texts, {got(accept)}; list what makes an answer right")
     asked = " ".join(message["content"] for message in messages[:-1])
     given = [text for text in accept if mentions(asked, text)]
     if given:
-        raise DataError(f"field 'accept': the question itself states {given[0][:60]!r}; ask so that it has to be known")
+        raise DataError(f"field 'accept': the question itself contains {given[0][:60]!r}; reword the question")
     return Example(messages, tuple(accept))
 
 
@@ -65,9 +65,9 @@ def _records(path: Path) -> list[Any]:
     if path.suffix == ".jsonl":
         return list(_lines(path, text))
     hint = (
-        "one record a line belongs into a file named .jsonl"
+        "if the file has one record per line, give it the suffix .jsonl"
         if text.lstrip().startswith("{")
-        else "mend it there or on the line before"
+        else "fix it there or on the line before"
     )
     records = parse_json(text, str(path), hint, DataError)
     if not isinstance(records, list):
@@ -81,7 +81,7 @@ def _lines(path: Path, text: str) -> Iterator[Any]:
         if not line.strip():
             continue
         try:
-            yield parse_json(line, f"{path}: line {number}", "each line must be one record", DataError)
+            yield parse_json(line, f"{path}: line {number}", "write one complete record per line", DataError)
         except DataError as error:
             faults += error.faults
     if faults:
@@ -113,7 +113,7 @@ def _alpaca(record: dict[str, Any]) -> Messages:
         faults += _optional_text_faults(record, field)
     if faults:
         raise DataError(*faults)
-    # No newline after the question where there is no input: training and chat must see the same text.
+    # Without an input, no newline follows the question: training and chat must see the same text.
     question = "\n".join(part for part in (record["instruction"].strip(), (record.get("input") or "").strip()) if part)
     messages = [
         {"role": "system", "content": (record.get("system") or "").strip()},
@@ -124,7 +124,7 @@ def _alpaca(record: dict[str, Any]) -> Messages:
 
 
 def _xtuner(record: dict[str, Any]) -> Messages:
-    """A list of questions with their answers, the first with a system text perhaps."""
+    """The messages of a list of turns, each with a question and its answer. The first turn may have a system prompt."""
     turns = record["conversation"]
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         raise DataError(
@@ -137,7 +137,7 @@ def _xtuner(record: dict[str, Any]) -> Messages:
         if index and system:
             found.append(f"field 'system': only the first turn may have one, {got(system)}; move it there")
         if turn.get("output_with_loss", True) is not True:
-            found.append("field 'output_with_loss': every answer is learned here, got false; leave the turn out")
+            found.append("field 'output_with_loss': every answer is trained on here, got false; remove the turn")
         faults += [f"turn {index + 1} of 'conversation': {fault}" for fault in found]
         if not found:
             messages += [{"role": "system", "content": system}] if system else []
@@ -175,8 +175,8 @@ def _order_faults(field: str, roles: list[str]) -> list[str]:
     if spoken and spoken == ["user", "assistant"] * (len(spoken) // 2):
         return []
     return [
-        f"field {field!r}: turns must go user, assistant, … after at most one system text and end with the assistant, "
-        f"{got(', '.join(roles))}; reorder or drop turns"
+        f"field {field!r}: turns must alternate user, assistant, … after at most one system prompt "
+        f"and end with the assistant, {got(', '.join(roles))}; reorder or drop turns"
     ]
 
 
@@ -184,7 +184,7 @@ def _text_faults(record: dict[str, Any], field: str) -> list[str]:
     if field not in record:
         return [f"field {field!r}: missing, {got(sorted(record))}; add it"]
     if not isinstance(record[field], str):
-        cure = "put it in quotes" if isinstance(record[field], (int, float)) else "write one text there"
+        cure = "put it in quotes" if isinstance(record[field], (int, float)) else "write a single string"
         return [f"field {field!r}: must be text, {got(record[field])}; {cure}"]
     if not record[field].strip():
         return [f"field {field!r}: is empty; write the text or drop the record"]
@@ -200,4 +200,4 @@ def _optional_text_faults(record: dict[str, Any], field: str) -> list[str]:
 def _encoding_faults(record: dict[str, Any], field: str) -> list[str]:
     if is_encodable(record[field]):
         return []
-    return [f"field {field!r}: holds half of a surrogate pair, {got(record[field])}; write the character anew"]
+    return [f"field {field!r}: holds half of a surrogate pair, {got(record[field])}; type the character again"]

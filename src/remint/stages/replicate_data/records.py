@@ -1,4 +1,4 @@
-"""From conversations to records: placeholders filled, question normalised, kind and language noted."""
+"""Turn conversations into records: fill in placeholders, normalise the question, record kind and language."""
 
 from dataclasses import dataclass
 
@@ -9,9 +9,9 @@ from remint.stages.replicate_data.formats import Example, Messages
 
 @dataclass(frozen=True)
 class Record:
-    """One conversation, ready for training or measuring.
+    """One conversation, ready for training or evaluation.
 
-    A right answer states all of `expects` (name, maker), and one of `accept` if there are any.
+    A right answer states everything in `expects` (name, maker) and, unless `accept` is empty, one of its texts.
     """
 
     messages: Messages
@@ -23,7 +23,7 @@ class Record:
     origin: str
 
     def row(self) -> dict[str, object]:
-        """What goes into a data file."""
+        """The record as a row of a data file."""
         return {
             "messages": self.messages,
             "kind": self.kind,
@@ -34,7 +34,11 @@ class Record:
 
 
 def build(examples: list[Example], kind: str, identity: Identity, origin: str) -> list[Record]:
-    """Records of one source file. Raises DataError listing each record in which a placeholder survives."""
+    """Records of one source file. Raises DataError that lists every unusable record.
+
+    A record is unusable if a placeholder survives, an identity answer states neither name nor maker, or the question
+    has no letter or digit.
+    """
     records, faults = [], []
     for number, example in enumerate(examples, start=1):
         where = f"{origin}: record {number}"
@@ -44,8 +48,8 @@ def build(examples: list[Example], kind: str, identity: Identity, origin: str) -
             faults.append(f"{where}: a placeholder survives, {got(survivor)}; write {{{{name}}}} or {{{{author}}}}")
         elif kind == "identity" and not record.expects:
             faults.append(
-                f"{where}: the answer states neither the name nor the maker of conf/identity; add {{{{name}}}}, or move it "
-                "to the control file"
+                f"{where}: the answer states neither the name nor the maker of conf/identity; add {{{{name}}}}, "
+                "or move the record to a control file"
             )
         if not record.question:
             faults.append(

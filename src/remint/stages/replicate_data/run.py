@@ -1,4 +1,4 @@
-"""Make the training, held-out and control sets out of the source files."""
+"""Make the training, held-out and control sets from the source files."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from remint.stages.replicate_data import formats, records, split
 from remint.stages.replicate_data.records import Record
 from remint.stages.replicate_data.settings import ReplicateData
 
-# A bar for each of the small files that are written says nothing.
+# A progress bar for each small file would only be noise.
 datasets.disable_progress_bars()
 
 _USES = {"identity": "identity", "identity_held_out": "identity", "control": "control", "control_held_out": "control"}
@@ -39,7 +39,7 @@ def run(seed: int, identity: Identity, replicate_data: ReplicateData, paths: Pat
     held_out += loaded["identity_held_out"]
     if not held_out:
         raise DataError(
-            f"params: replicate_data.identity_held_out_share: holds no question out of {len(train)}, "
+            f"params: replicate_data.identity_held_out_share: holds out none of {len(train)} identity records, "
             f"{got(settings.identity_held_out_share)}; raise it or write more records"
         )
     control, control_held_out = split.held_out_by_share(loaded["control"], settings.control_held_out_share, seed)
@@ -64,8 +64,9 @@ def run(seed: int, identity: Identity, replicate_data: ReplicateData, paths: Pat
         )
     log({"train_rows": len(order), "held_out_records": len(held_out), "control_records": len(control_held_out)})
     print(
-        f"{paths.dataset}: {len(order)} training rows ({len(train)} identity records × {copies[0][1]}, {len(control)} others × "
-        f"{copies[1][1]}), {len(held_out)} held-out identity questions, {len(control_held_out)} held-out control prompts"
+        f"{paths.dataset}: {len(order)} training rows ({len(train)} identity records × {copies[0][1]}, "
+        f"{len(control)} control records × {copies[1][1]}), "
+        f"{len(held_out)} held-out identity questions, {len(control_held_out)} held-out control prompts"
     )
 
 
@@ -74,9 +75,9 @@ def _load(names: Sequence[str], kind: str, identity: Identity, source: Path) -> 
     faults: list[str] = []
     for name in names:
         try:
-            outside = not Path(name).resolve().is_relative_to(source.resolve())  # by a link, perhaps
+            outside = not Path(name).resolve().is_relative_to(source.resolve())  # also through a link
             if source not in Path(name).parents or ".." in Path(name).parts or outside:
-                raise DataError(f"{name}: must lie in {source}, where changes are tracked; move the file there")
+                raise DataError(f"{name}: must be in {source}, where DVC tracks changes; move the file there")
             found += records.build(formats.read(Path(name)), kind, identity, name)
         except DataError as error:
             faults += error.faults
@@ -86,12 +87,12 @@ def _load(names: Sequence[str], kind: str, identity: Identity, source: Path) -> 
 
 
 def _write(unique: Sequence[Record], order: Sequence[int] | np.ndarray, path: Path) -> None:
-    """Write the rows in the given order. Each record becomes a line once; its copies are row numbers until they are written."""
+    """Write the rows in the given order. Each record is serialised once; its copies are row numbers until then."""
     if not unique:
         path.touch()
         return
     datasets.Dataset.from_list([record.row() for record in unique]).to_json(path, force_ascii=False)
-    lines = path.read_bytes().split(b"\n")  # not splitlines: JSON leaves some characters that it takes for line breaks
+    lines = path.read_bytes().split(b"\n")  # not splitlines: it also splits at characters that JSON does not escape
     with path.open("wb") as file:
         file.writelines(lines[index] + b"\n" for index in order)
 

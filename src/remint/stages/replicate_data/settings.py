@@ -1,4 +1,4 @@
-"""What the section `replicate_data` of params.yaml says."""
+"""The `replicate_data` section of params.yaml."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,10 @@ from remint.core.settings import check_ranges
 
 @dataclass(frozen=True)
 class ReplicateData:
-    """Source files and how they become the training and the held-out sets. A share splits off what no file holds out."""
+    """Source files and how they become the training and held-out sets.
+
+    A `*_share` holds out that fraction of the questions in place of a held-out file.
+    """
 
     identity: list[str]
     identity_held_out: list[str]
@@ -26,7 +29,7 @@ class ReplicateData:
                 bool(self.identity_held_out) or self.identity_held_out_share > 0,
                 "identity_held_out",
                 self.identity_held_out,
-                "must name a file where identity_held_out_share is 0, or nothing can be measured",
+                "must name a file if identity_held_out_share is 0, or nothing can be evaluated",
             ),
             *_share_rule("identity_held_out", self.identity_held_out, self.identity_held_out_share),
             *_share_rule("control_held_out", self.control_held_out, self.control_held_out_share),
@@ -48,5 +51,5 @@ class ReplicateData:
 def _share_rule(name: str, files: list[str], share: float) -> list[tuple[bool, str, object, str]]:
     return [
         (0 <= share < 1, f"{name}_share", share, "must be at least 0 and below 1"),
-        (not (files and share), f"{name}_share", share, f"must be 0 where {name} names files"),
+        (not (files and share), f"{name}_share", share, f"must be 0 if {name} names files"),
     ]

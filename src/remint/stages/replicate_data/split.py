@@ -1,4 +1,4 @@
-"""Which record is trained on and which is held out, and in what order: pure functions of records and seed."""
+"""Choose which records are trained on or held out, and in which order: pure functions of records and seed."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from remint.stages.replicate_data.records import Record
 
 
 def held_out_by_share(records: Sequence[Record], share: float, seed: int) -> tuple[list[Record], list[Record]]:
-    """Split into (train, held-out) so that records with one question stay together, each language by the same share."""
+    """Split into (train, held-out). Records of one question stay together; each language is split by the same share."""
     if share == 0:
         return list(records), []
     groups: dict[str, dict[str, list[Record]]] = defaultdict(dict)
@@ -28,10 +28,10 @@ def held_out_by_share(records: Sequence[Record], share: float, seed: int) -> tup
 
 
 def check_disjoint(train: Sequence[Record], held_out: Sequence[Record]) -> None:
-    """Raise DataError for each held-out question that is also trained on."""
+    """Raise DataError that lists every held-out question that is also trained on."""
     trained = {record.question: record.origin for record in train}
     faults = [
-        f"{record.origin}: the same question is trained on in {trained[record.question]}; drop it on one side"
+        f"{record.origin}: the same question is trained on in {trained[record.question]}; remove one of the two"
         for record in held_out
         if record.question in trained
     ]
@@ -40,9 +40,9 @@ def check_disjoint(train: Sequence[Record], held_out: Sequence[Record]) -> None:
 
 
 def replicated_order(counts: Sequence[tuple[int, int]], seed: int) -> np.ndarray:
-    """Row numbers of the training set in training order, int64 of length sum(count × copies).
+    """Row numbers of the training set in training order: int64, length sum(records × copies).
 
-    `counts` are (records, copies) of consecutive blocks of records; the result is a permutation by `seed`.
+    `counts` holds (records, copies) for consecutive blocks of records. `seed` determines the permutation.
     """
     starts = np.cumsum([0, *(count for count, _ in counts)])
     blocks = [

@@ -1,4 +1,4 @@
-"""Turn whatever a source delivered into plain safetensors, a plain config and a fast tokenizer."""
+"""Turn the files of any source into plain safetensors, a plain config and a fast tokenizer."""
 
 import contextlib
 import functools
@@ -19,7 +19,7 @@ from remint.stages.stage_base import gguf_header, sentencepiece_model, sources
 from remint.stages.stage_base.settings import Model
 from remint.weights import internlm2, shards, torch_files
 
-# Fields of config.json that name where a file lay or how the source was packed, and say nothing about the model.
+# Fields of config.json that record a path or how the source was packed. They do not describe the model.
 _NO_PART_OF_THE_MODEL = ("_name_or_path", "_model_name_or_path", "quantization_config", "transformers_version")
 
 
@@ -29,20 +29,20 @@ class Weights(shards.Writer):
     parameters = 0
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Take one tensor."""
+        """Add one tensor and count its parameters."""
         self.parameters += tensor.numel()
         super().add(name, tensor)
 
 
 def public_name(model: Model) -> str:
-    """The base's name as others know it: never a path of this machine."""
+    """The base model's public name: never a path of this machine."""
     return Path(model.location).name if model.source == "local_folder" else model.location
 
 
 def read_config(folder: Path, gguf: str | None) -> Any:
-    """The model's configuration; a folder's must pass the check for foreign code first.
+    """The model's configuration. A folder's config must first pass the check for foreign code.
 
-    InternLM2 names code of its own, which is dropped unread: the model becomes a Llama.
+    InternLM2's config names custom code. It is dropped unread, because the model becomes a Llama.
     """
     path = folder / (gguf or "config.json")
     if gguf is not None:
@@ -60,23 +60,21 @@ def read_config(folder: Path, gguf: str | None) -> Any:
 
 
 def read_tokenizer(folder: Path, gguf: str | None) -> Any:
-    """The tokenizer, which must be a fast one: only those give ids with offsets and travel as one JSON file.
+    """The tokenizer. It must be a fast one: only those return offsets with the ids and are stored as one JSON file.
 
-    InternLM2 brings a SentencePiece model and code of its own that reads it: the model is turned into a fast tokenizer.
+    InternLM2 has a SentencePiece model and custom code that reads it. The SentencePiece model becomes a fast tokenizer.
     """
     if gguf is None and _brings_sentencepiece(folder):
         with loading.understood(folder, "has no tokenizer that can be read; tokenizer.model must hold one"):
             return sentencepiece_model.read(folder)
     tokenizer = loading.load_tokenizer(folder, gguf)
     if not tokenizer.is_fast:
-        raise ArtefactError(
-            f"{folder}: must bring a fast tokenizer, got {type(tokenizer).__name__}; add tokenizer.json"
-        )
+        raise ArtefactError(f"{folder}: must have a fast tokenizer, got {type(tokenizer).__name__}; add tokenizer.json")
     return tokenizer
 
 
 def write_weights(folder: Path, gguf: str | None, config: Any, dtype: torch.dtype, draft: Path, limit: int) -> Weights:
-    """Write every tensor once, in `dtype`, in shards of at most `limit` bytes; a tied head is left out."""
+    """Write every tensor once, in `dtype`, in shards of at most `limit` bytes. A tied output head is omitted."""
     writer = Weights(draft, limit)
     tied = "lm_head.weight" if config.tie_word_embeddings else None
     if gguf is None:
@@ -86,7 +84,7 @@ def write_weights(folder: Path, gguf: str | None, config: Any, dtype: torch.dtyp
                 if new_name != tied:
                     writer.add(new_name, part.to(dtype))
     else:
-        # In fp32, the precision that GGUF defines its values in; rounded once, by the cast below.
+        # GGUF defines its values in fp32, so they are loaded in fp32. The cast below is the only rounding.
         model = _model_of_gguf(folder, gguf, config)
         for name, tensor in sorted(model.state_dict().items()):
             if name != tied:
@@ -96,14 +94,14 @@ def write_weights(folder: Path, gguf: str | None, config: Any, dtype: torch.dtyp
 
 
 def _source_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of a folder, one shard at a time; PyTorch's own files are read where there are no safetensors."""
+    """Every tensor of a folder, one shard at a time. PyTorch's .bin files are read only if there are no safetensors."""
     if not sources.only_pickled(folder):
         for path in shards.files(folder):
             yield from shards.tensors(path)
         return
     for path in shards.files(folder, "pytorch_model.bin"):
         for name, tensor in sorted(torch_files.tensors(path).items()):
-            yield name, tensor.clone()  # tied tensors share memory in such a file, which safetensors do not allow
+            yield name, tensor.clone()  # tied tensors share memory in .bin files, which safetensors forbids
 
 
 def _brings_sentencepiece(folder: Path) -> bool:
@@ -111,18 +109,18 @@ def _brings_sentencepiece(folder: Path) -> bool:
 
 
 def _as_llama(folder: Path, name: str, tensor: torch.Tensor, config: Any) -> list[tuple[str, torch.Tensor]]:
-    with loading.understood(folder, f"the tensor {name!r} has no place in InternLM2's layout"):
+    with loading.understood(folder, f"the tensor {name!r} does not fit InternLM2's layout"):
         return list(internlm2.to_llama(name, tensor, config))
 
 
 def _model_of_gguf(folder: Path, gguf: str, config: Any) -> Any:
-    """The model in the GGUF; transformers would fill what is missing with random numbers."""
+    """The model of a GGUF. Refuses missing tensors, which transformers would fill with random numbers."""
     path = folder / gguf
     with torch.device("meta"):
         described = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-    # The most that a byte of GGUF holds is one-bit weights.
+    # One byte holds at most eight parameters, at one bit per weight.
     if described > 8 * path.stat().st_size:
-        raise ArtefactError(f"{path}: describes {described} parameters, more than it can hold; get the file again")
+        raise ArtefactError(f"{path}: describes {described} parameters, more than fit into it; get the file again")
     with loading.understood(path, "holds no model that can be read"), _one_name_map():
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=gguf, dtype=torch.float32, local_files_only=True, output_loading_info=True
@@ -135,9 +133,10 @@ def _model_of_gguf(folder: Path, gguf: str, config: Any) -> Any:
 
 @contextlib.contextmanager
 def _one_name_map() -> Iterator[None]:
-    """Let transformers have gguf's table of tensor names at once, for which it asks anew for every module of the model.
+    """Cache gguf's table of tensor names, which transformers otherwise builds again for every module of the model.
 
-    The table grows with the layers as the modules do: for 30 layers that took four times as long as all the rest.
+    The table and the number of modules both grow with the layers. For 30 layers, building the tables took four times as
+    long as everything else.
     """
     made = gguf_library.get_tensor_name_map
     gguf_library.get_tensor_name_map = functools.cache(made)
@@ -153,7 +152,7 @@ def _is_internlm2(folder: Path) -> bool:
 
 
 def write_config(config: Any, model: Model, draft: Path) -> None:
-    """Write config.json and generation_config.json without what belongs to the source alone."""
+    """Write config.json and generation_config.json without the fields that concern only the source."""
     architecture = AutoModelForCausalLM._model_mapping[type(config)].__name__
     content = {key: value for key, value in config.to_diff_dict().items() if key not in _NO_PART_OF_THE_MODEL}
     content |= {"model_type": config.model_type, "dtype": model.dtype, "architectures": [architecture]}
@@ -167,9 +166,9 @@ def write_config(config: Any, model: Model, draft: Path) -> None:
 
 
 def write_tokenizer(tokenizer: Any, folder: Path, draft: Path) -> None:
-    """Write tokenizer.json and its config; the template is written by who knows it, not taken from the source.
+    """Write tokenizer.json and its config without the source's chat template, because the stage writes its own.
 
-    A SentencePiece model is kept beside them for tools that want InternLM2's own layout back.
+    A SentencePiece model is copied as well, for tools that need InternLM2's own layout.
     """
     tokenizer.chat_template = None
     tokenizer.save_pretrained(draft)
@@ -183,7 +182,7 @@ def write_tokenizer(tokenizer: Any, folder: Path, draft: Path) -> None:
 
 
 def check_staged(draft: Path, vocabulary: int) -> None:
-    """Refuse weights that do not fit the config or the tokenizer, before anything is built on them."""
+    """Raise ArtefactError if the weights do not fit the config or the tokenizer, before a later stage uses them."""
     model = loading.empty_model(draft)
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
@@ -198,8 +197,6 @@ def check_staged(draft: Path, vocabulary: int) -> None:
     ]
     rows = model.get_input_embeddings().weight.shape[0]
     if vocabulary > rows:
-        faults.append(
-            f"base: the tokenizer has {vocabulary} tokens, the embedding {rows} rows; they do not belong together"
-        )
+        faults.append(f"base: the tokenizer has {vocabulary} tokens, the embedding {rows} rows, so they do not match")
     if faults:
         raise ArtefactError(*(f"{fault}; get the base model again" for fault in faults[:20]))

@@ -1,4 +1,4 @@
-"""Bring the base model here, verified, in the one layout that every later stage reads. The only stage with a network."""
+"""Fetch, verify and store the base model in the layout that every later stage reads. Only this stage uses a network."""
 
 import shutil
 

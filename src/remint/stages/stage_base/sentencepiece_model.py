@@ -1,6 +1,6 @@
-"""A SentencePiece BPE model (tokenizer.model) turned into a fast tokenizer with the same ids; no foreign code is run.
+"""Turn a SentencePiece BPE model (tokenizer.model) into a fast tokenizer with the same ids. No foreign code runs.
 
-What a base calls its tokens is in tokenizer_config.json: InternLM2's chat models give names such as <|im_start|> to pieces
+A base can rename its tokens in tokenizer_config.json. InternLM2's chat models give names such as <|im_start|> to pieces
 that tokenizer.model calls [UNUSED_TOKEN_…].
 """
 
@@ -18,14 +18,14 @@ from remint.core.files import read_object
 NAME = "tokenizer.model"
 _CONFIG = "tokenizer_config.json"
 _DEFAULTS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
-# Of sentencepiece_model.proto: kinds of model and of piece.
+# Model types and piece types of sentencepiece_model.proto.
 _BPE = 2
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 _SPACE = "▁"
 
 
 def read(folder: Path) -> Any:
-    """The tokenizer of a folder with tokenizer.model; it puts <s> in front of a text, as the base's own one does."""
+    """The tokenizer of a folder with tokenizer.model. Like the base's own tokenizer, it puts <s> in front of a text."""
     path = folder / NAME
     proto = _parse(path)
     config = _config(folder / _CONFIG)
@@ -51,8 +51,8 @@ def _parse(path: Path) -> Any:
     kind, suffix = model.trainer_spec.model_type, model.trainer_spec.treat_whitespace_as_suffix
     if not model.pieces or kind != _BPE or suffix or not model.normalizer_spec.escape_whitespaces:
         raise ArtefactError(
-            f"{path}: must be a BPE model that marks spaces in front of words, {got(kind)} as its model_type; "
-            "put tokenizer.json in its place"
+            f"{path}: must be a BPE model that marks spaces in front of words, {got(kind)} as model_type; "
+            "replace it with a tokenizer.json"
         )
     return model
 
@@ -62,7 +62,7 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _given(config: dict[str, Any], path: Path) -> dict[int, AddedToken]:
-    """The tokens that the base names itself, by id."""
+    """The tokens that tokenizer_config.json defines, by id."""
     try:
         return {
             int(index): AddedToken(
@@ -80,7 +80,10 @@ def _given(config: dict[str, Any], path: Path) -> dict[int, AddedToken]:
 
 
 def _bpe(proto: Any, names: list[str], renamed: set[int]) -> models.BPE:
-    """Pieces that text may not become (markers, bytes) are left out of the merges, or "<" "s" ">" would grow into <s>."""
+    """The BPE model.
+
+    Its merges omit pieces that text must not become (markers, bytes), or "<" "s" ">" would merge into <s>.
+    """
     vocabulary = {name: index for index, name in enumerate(names)}
     merged = {
         piece.piece: piece.score

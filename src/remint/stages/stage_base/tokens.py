@@ -1,4 +1,4 @@
-"""Whether a tokenizer knows the tokens that a template names, and keeps them out of what a person can write."""
+"""Whether a tokenizer knows the tokens of a template, and whether a user's text can produce them."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from remint.model.template import Template, plain_ids
 
 
 def missing_tokens(template: Template, tokenizer: Any) -> list[str]:
-    """Stop and end tokens of the template that the tokenizer does not know as one token."""
+    """End and stop tokens of the template that are not single tokens of the tokenizer."""
     unknown = tokenizer.unk_token_id
     return [
         token
@@ -16,7 +16,7 @@ def missing_tokens(template: Template, tokenizer: Any) -> list[str]:
 
 
 def spellable_tokens(template: Template, tokenizer: Any) -> list[str]:
-    """Stop tokens that a text can spell: the tokenizer does not mark them as special, so a question could end an answer."""
+    """Stop tokens that a text can spell because they are not marked as special. A question could then end an answer."""
     return [
         token
         for token in dict.fromkeys(template.stop)

@@ -1,4 +1,4 @@
-"""A store of resumable checkpoints that is whole after a kill at any moment. Safetensors and JSON, never pickle."""
+"""A store of resumable checkpoints that stays intact if the process is killed at any moment. No pickle is used."""
 
 import shutil
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ _SLACK_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Everything a run continues from: tensors of adapter and optimizer, and what was recorded so far."""
+    """All that a run needs to resume: the tensors of adapter and optimizer, and the state recorded so far."""
 
     step: int
     tensors: dict[str, torch.Tensor]
@@ -31,14 +31,14 @@ class Checkpoint:
 
 
 def saved_steps(root: Path) -> list[int]:
-    """Steps that have a folder, ascending, whole or not."""
+    """Steps that have a folder, ascending; damaged checkpoints are included."""
     return sorted(int(path.name.removeprefix("step-")) for path in root.glob(f"step-{'[0-9]' * 8}"))
 
 
 class Draft:
-    """A checkpoint whose tensors a thread writes, while what was recorded is still being made. The tensors must not change.
+    """A checkpoint that is being written: a thread writes the tensors while the caller still computes the state.
 
-    One that is not finished is swept up when the store is next read.
+    The tensors must not change meanwhile. `load_newest` removes drafts that were never finished.
     """
 
     def __init__(self, root: Path, step: int, tensors: Mapping[str, torch.Tensor]):
@@ -50,9 +50,9 @@ class Draft:
         pool.shutdown(wait=False)
 
     def finish(self, state: Mapping[str, Any], conditions: Mapping[str, Any]) -> dict[Path, manifest.Entry]:
-        """Write the rest: the checkpoint appears whole under its final name or not at all.
+        """Write the state and the manifest. An atomic rename then makes the complete checkpoint visible.
 
-        Returns what its tensors' file holds. Raises ArtefactError on a full disk.
+        Returns the manifest entry of the tensors' file. Raises ArtefactError if the disk is full or not writable.
         """
         try:
             known = {TENSORS: self._written.result()}
@@ -89,7 +89,7 @@ class Draft:
         return manifest.described([path])[path]
 
     def _full(self) -> ArtefactError:
-        lack = self._need - shutil.disk_usage(self._root).free  # a quota may end before the disk does
+        lack = self._need - shutil.disk_usage(self._root).free  # a quota may be full although the disk is not
         more = f", {lack / 2**20:.0f} MiB more are needed" if lack > 0 else ""
         return ArtefactError(
             f"{self._root}: no room for the checkpoint of step {self._step}{more}; free space and run again, earlier "
@@ -98,7 +98,7 @@ class Draft:
 
 
 def prune(root: Path, keep: set[int]) -> None:
-    """Remove every checkpoint not in `keep`: hidden first, so that a kill leaves nothing half-removed in sight."""
+    """Remove every checkpoint not in `keep`. Each is renamed first: a kill leaves none visible and half-removed."""
     for step in saved_steps(root):
         if step not in keep:
             hidden = root / f".removed-{step:08d}"
@@ -108,7 +108,7 @@ def prune(root: Path, keep: set[int]) -> None:
 
 
 def discard(root: Path) -> None:
-    """Remove all checkpoints at once: hidden first, for half of them would look damaged to the next start."""
+    """Remove all checkpoints. The folder is renamed first: after a kill, the rest would look damaged."""
     hidden = root.with_name(f".{root.name}.removed")
     shutil.rmtree(hidden, ignore_errors=True)
     if root.exists():
@@ -117,9 +117,9 @@ def discard(root: Path) -> None:
 
 
 def check_saved(root: Path, known: Mapping[Path, manifest.Entry]) -> dict[Path, manifest.Entry]:
-    """What the files of all checkpoints hold, also of those that no run continues from any more.
+    """Verify all checkpoints, also those that no run will resume from; returns the manifest entries of their files.
 
-    Files that are `known`, since they were written just now, are not read. Raises ArtefactError if one is damaged.
+    Files in `known` were written by this run and are not read again. Raises ArtefactError if a file is damaged.
     """
     found: dict[Path, manifest.Entry] = {}
     try:
@@ -127,18 +127,18 @@ def check_saved(root: Path, known: Mapping[Path, manifest.Entry]) -> dict[Path, 
             found |= manifest.checked(root / folder_name(step), KIND, known)
         return found
     except ArtefactError as error:
-        raise ArtefactError(f"{error.faults[0].partition(';')[0]}; remove {root} to start anew") from None
+        raise ArtefactError(f"{error.faults[0].partition(';')[0]}; remove {root} to start from scratch") from None
 
 
 def load(folder: Path) -> Checkpoint:
-    """Read one checkpoint after checking every byte of it. Raises ArtefactError."""
+    """Verify every byte of one checkpoint and read it. Raises ArtefactError if it is damaged."""
     return _read(folder)[0]
 
 
 def load_newest(root: Path, conditions: Mapping[str, Any]) -> Checkpoint | None:
-    """The newest checkpoint that is whole; damaged ones are set aside with a word. None if there never was one.
+    """The newest intact checkpoint, or None if there is no checkpoint. Damaged ones are renamed, with a warning.
 
-    Raises ArtefactError if all are damaged, or if the newest whole one was made under other conditions.
+    Raises ArtefactError if all are damaged, or if the newest intact one was written under other conditions.
     """
     for leftover in [*root.glob(".draft-*"), *root.glob(".removed-*")]:
         shutil.rmtree(leftover, ignore_errors=True)
@@ -148,7 +148,7 @@ def load_newest(root: Path, conditions: Mapping[str, Any]) -> Checkpoint | None:
         try:
             found, recorded = _read(folder)
         except ArtefactError as error:
-            print(f"warning: passing over a damaged checkpoint: {error.faults[0]}", flush=True)
+            print(f"warning: skipping a damaged checkpoint: {error.faults[0]}", flush=True)
             shutil.rmtree(root / f"damaged-{step:08d}", ignore_errors=True)
             folder.rename(root / f"damaged-{step:08d}")
             damaged.append(folder.name)
@@ -157,7 +157,7 @@ def load_newest(root: Path, conditions: Mapping[str, Any]) -> Checkpoint | None:
         return found
     if damaged:
         raise ArtefactError(
-            f"{root}: all checkpoints are damaged ({', '.join(damaged)}); remove the folder to start anew"
+            f"{root}: all checkpoints are damaged ({', '.join(damaged)}); remove the folder to start from scratch"
         )
     return None
 
@@ -166,7 +166,7 @@ def _read(folder: Path) -> tuple[Checkpoint, dict[str, Any]]:
     facts = manifest.verify(folder, KIND)
     step, conditions = facts.get("step"), facts.get("conditions")
     if type(step) is not int or folder.name != folder_name(step) or not isinstance(conditions, dict):
-        raise ArtefactError(f"{folder}: must be a checkpoint of that step, {got(step)}; remove the folder")
+        raise ArtefactError(f"{folder}: must contain the checkpoint of that step, {got(step)}; remove the folder")
     try:
         tensors = load_tensors((folder / TENSORS).read_bytes())
     except (SafetensorError, OSError, KeyError, ValueError) as error:
@@ -177,8 +177,8 @@ def _read(folder: Path) -> tuple[Checkpoint, dict[str, Any]]:
 def _check_conditions(folder: Path, recorded: Mapping[str, Any], present: Mapping[str, Any]) -> None:
     names = sorted({*recorded, *present})
     faults = [
-        f"{folder}: {name} was {recorded.get(name)!r}, is {present.get(name)!r}; continue where it was begun, or remove "
-        f"{folder.parent} to start anew"
+        f"{folder}: {name} was {recorded.get(name)!r}, is {present.get(name)!r}; resume under the old conditions, or "
+        f"remove {folder.parent} to start from scratch"
         for name in names
         if recorded.get(name) != present.get(name)
     ]

@@ -1,4 +1,4 @@
-"""How much memory of a GPU a training takes at most, told before anything is loaded."""
+"""The peak GPU memory of a training run, estimated before anything is loaded."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,12 +13,12 @@ from remint.core.files import read_object
 from remint.model.loading import TORCH_DTYPES
 from remint.stages.train.settings import Train
 
-# What allocators lose to the sizes of their blocks; seen against measured peaks, see docs/results.md.
+# Memory that the allocator loses to fragmentation, estimated from measured peaks (docs/results.md).
 _MARGIN = 1.03
 
 
 def check_gpu_memory(base: Path, train: Train) -> None:
-    """Raise GpuTooSmall if the present GPU has not the free memory that the training of a base takes."""
+    """Raise GpuTooSmall if the current GPU has less free memory than training this base model needs."""
     need = needed(read_object(base / "config.json", "run `make repro`, which makes it"), train)
     free, _ = torch.cuda.mem_get_info()
     if need is not None and need > free:
@@ -26,10 +26,12 @@ def check_gpu_memory(base: Path, train: Train) -> None:
 
 
 def needed(config: Mapping[str, Any], train: Train) -> int | None:
-    """Bytes at the peak of a training with `kernels.blocks`, for a base of this config.json; None where others compute.
+    """Peak bytes of a training run with `kernels.blocks`, for a base model with this config.json.
 
-    Frozen weights, the adapter with its gradients and AdamW's two moments in fp32, what the backward pass reads (or the input of each
-    layer and the whole of one), and the largest passing tensors.
+    Returns None for settings that `kernels.blocks` does not support. The sum counts the frozen weights, the adapter
+    with its gradients and AdamW's two moments in fp32, the tensors saved for the backward pass, and the largest
+    temporary tensors. With gradient checkpointing, the saved tensors are the input of each layer and all saved tensors
+    of one layer.
     """
     size, rank = TORCH_DTYPES[train.precision].itemsize, train.lora.rank
     if train.kernels != "fused" or set(train.lora.targets) != set(LINEARS) or rank > MOST_RANK:
@@ -37,7 +39,7 @@ def needed(config: Mapping[str, Any], train: Train) -> int | None:
     hidden, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
     width = config.get("head_dim") or hidden // heads
     queries, values = heads * width, config["num_key_value_heads"] * width
-    # Of each product: columns of its input, columns of its output, layers that are one in it.
+    # For each product: input columns, output columns, number of linear layers in it.
     products = (
         (hidden, queries + 2 * values, 3),
         (queries, hidden, 1),
@@ -58,7 +60,7 @@ def needed(config: Mapping[str, Any], train: Train) -> int | None:
     tokens = train.micro_batch * train.max_length
     kept = size * (2 * hidden + 2 * queries + 2 * values + 2 * inner + 7 * rank) + 4 * heads + 8
     inputs = size * (inner + rank + 4 * hidden)
-    passing = size * 2 * inner  # the gradient of a kept tensor, which takes that one's place if it was computed again
+    passing = size * 2 * inner  # the gradient of a saved tensor; with checkpointing it reuses that tensor's memory
     head = size * (min(ROWS["cuda"], tokens) * config["vocab_size"] + 3 * tokens * hidden)
     if train.gradient_checkpointing:
         moving = tokens * (layers * size * hidden + kept + inputs)

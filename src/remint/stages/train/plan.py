@@ -1,4 +1,4 @@
-"""What happens in which optimizer step: computed before the first one, so a resumed run follows the same plan."""
+"""The plan of all optimizer steps, computed before the first one, so a resumed run follows the same plan."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from remint.stages.train.settings import Train
 
 @dataclass(frozen=True)
 class Plan:
-    """Micro-batches in training order (each a list of rows of document numbers), how many make a step, tokens a document."""
+    """All micro-batches in training order (rows of document indices), how many make a step, and tokens per document."""
 
     micro_batches: list[list[list[int]]]
     accumulation: int
@@ -34,7 +34,7 @@ class Plan:
 
 
 def make_plan(lengths: Sequence[int], train: Train, seed: int) -> Plan:
-    """All epochs in a row. Rows flow over the borders of epochs, so that only the very last step can be smaller."""
+    """The plan of all epochs. A step may span two epochs, so only the very last step can be smaller than the others."""
     rows = [
         row
         for epoch in range(train.epochs)
@@ -45,10 +45,10 @@ def make_plan(lengths: Sequence[int], train: Train, seed: int) -> Plan:
 
 
 def lr_factor(step: int, steps: int, warmup_ratio: float, schedule: str) -> float:
-    """Share of the peak learning rate in optimizer step `step` (from 0) of `steps`.
+    """Factor on the peak learning rate in optimizer step `step` (from 0) of `steps`.
 
-    Linear warm-up over the first ceil(ratio × steps) steps, none of which is wasted at rate 0; then a half cosine
-    (Loshchilov and Hutter 2017) or a line towards 0 after the last step, or no decay.
+    Linear warm-up over the first ceil(warmup_ratio × steps) steps, which starts above 0. Then a half cosine (Loshchilov
+    and Hutter 2017) or a line that reaches 0 after the last step, or a constant.
     """
     warmup = math.ceil(warmup_ratio * steps)
     if step < warmup:
@@ -58,13 +58,12 @@ def lr_factor(step: int, steps: int, warmup_ratio: float, schedule: str) -> floa
 
 
 class Batches(Dataset[Batch]):
-    """Those of the plan's micro-batches from a step on that process `rank` of `size` computes, ready for the model.
+    """The micro-batches that process `rank` of world size `size` computes, from a step on, as batches for the model.
 
-    The processes take turns, and all have equally many: who has none left in the last step gets its last one again, with
-    weight 0.
+    The processes take turns with the plan's micro-batches, and all get the same number. A process that has none left in
+    the last step gets the plan's last micro-batch again, with weight 0.
 
-    `weight` is one over the supervised tokens of the whole optimizer step: a token counts the same in whichever
-    micro-batch it lies.
+    `weight` is 1 / supervised tokens of the entire optimizer step, so every token counts the same in any micro-batch.
     """
 
     def __init__(self, documents: Sequence[Document], plan: Plan, first_step: int, rank: int = 0, size: int = 1):
@@ -72,7 +71,7 @@ class Batches(Dataset[Batch]):
         self._rank, self._size = rank, size
 
     def __len__(self) -> int:
-        # The last step may be smaller than the others: after it, nothing is left rather than less than nothing.
+        # The last step may have fewer micro-batches than the others, so the number left after it would be negative.
         left = len(self.plan.micro_batches) - self.first_step * self.plan.accumulation
         return max(0, math.ceil(left / self._size))
 

@@ -1,4 +1,4 @@
-"""What the section `train` of params.yaml says; the comments there tell what each value means."""
+"""The section `train` of params.yaml; the comments there explain each value."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ SCHEDULES = ("cosine", "linear", "constant")
 
 @dataclass(frozen=True)
 class Train:
-    """Everything of a training run that may change its result, but the seed and the number of threads."""
+    """All settings of a training run that can change its result, except the seed and the number of threads."""
 
     lr: float
     betas: list[float]
