@@ -63,7 +63,7 @@ recipe: $(DONE) ## replace params.yaml by a recipe (NAME=smoke, FORCE=1 to overw
 status: $(DONE) ## list the changed stages; stages that depend on them would run, too
 	@$(BIN)/dvc status
 
-# DVC's own message names the missing files, but not the command that makes them.
+# Without this check, DVC's message would name the missing files, but not the command that makes them.
 MEASURED = $(BIN)/dvc metrics show 2>/dev/null | grep -q merged || { echo "make $@: there are no metrics yet; run \`make repro\`" >&2; exit 1; }
 
 metrics: $(DONE) ## compare the metrics of the last run with those of a commit (REV=HEAD~1)
@@ -75,7 +75,7 @@ plots: $(DONE) ## draw the curves into dvc_plots/index.html
 	@$(BIN)/dvc plots show
 
 experiments: $(DONE) ## compare experiments in a table
-	@# Only the metrics to choose by; `dvc exp show` shows all.
+	@# Show only the metrics that help to choose an experiment; `dvc exp show` shows all.
 	@$(BIN)/dvc exp show --only-changed --drop 'base[.]|data/|src/|docker/|conf/' \
 		--drop 'merged[.](control|(maker|leak)_|name$$)'
 	@[ -n "$$($(BIN)/dvc exp list --names-only 2>/dev/null)" ] || echo "no experiments yet; \`dvc exp run -S train.lr=1e-3\` makes one"

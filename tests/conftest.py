@@ -19,7 +19,8 @@ from remint.model.template import Conversation, Template, Turn
 # thread spins: with two threads on busy cores, a training of 0.4 s took up to 28 s.
 THREADING = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 os.environ |= {name: launch.environment(1, network=False)[name] for name in THREADING}
-# The imports make a million objects that stay. No garbage collection needs to visit them, now or during the tests.
+# The imports make a million objects that live until the end. Garbage collection must not waste time on them, neither
+# now nor during the tests.
 gc.disable()
 
 ROOT = Path(__file__).parents[1]
@@ -82,7 +83,7 @@ def write_tiny_model(folder: Path, special: Sequence[str] = SPECIAL) -> Path:
 
 
 def write_tiny_gguf(folder: Path, name: str = "m.gguf", leave_out: str = "-") -> Path:
-    """Write the tiny model as a GGUF with a hostile chat template, without tensors whose name has `leave_out`."""
+    """Write the tiny model as a GGUF with a hostile chat template. Omits tensors with `leave_out` in their name."""
     import gguf
     from safetensors.torch import load_file
     from transformers import AutoTokenizer
@@ -167,9 +168,9 @@ def to_internlm2(folder: Path) -> None:
 def write_sentencepiece(
     folder: Path, pieces: Sequence[str], markers: Sequence[str], dummy_prefix: bool = False
 ) -> None:
-    """tokenizer.model as InternLM2's: <unk> <s> </s>, the 256 bytes, `pieces` by falling score, and unnamed markers.
+    """Write a tokenizer.model like InternLM2's: <unk> <s> </s>, the 256 bytes, `pieces` by falling score, then markers.
 
-    tokenizer_config.json names the markers, and requests code from the base's folder.
+    The markers have no names there. tokenizer_config.json names them, and requests code from the base's folder.
     """
     from transformers.convert_slow_tokenizer import import_protobuf
 
@@ -196,7 +197,7 @@ def write_sentencepiece(
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """folder, tokenizer and conversation of the tiny model; each `model()` is another copy of it."""
+    """The tiny model: folder, tokenizer, conversation. Each call of `model()` returns a new copy of the model."""
     import torch
 
     from remint.model import loading
@@ -219,14 +220,30 @@ def _yaml_parser() -> Callable[[str, Path], dict[str, Any]]:
     return lambda text, path: copy.deepcopy(parsed(text, path))
 
 
+_hydra_files: dict[str, Any] = {}
+
+
 @pytest.fixture
 def yaml_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parse each YAML text once, for all tests that use this fixture: parsing takes most of the time of a recipe."""
+    """Parse each YAML text, and the dozen files inside Hydra's package, once for all tests that use this fixture.
+
+    Parsing takes most of the time of a recipe, and a fifth of a composition by Hydra.
+    """
+    from hydra._internal.core_plugins.importlib_resources_config_source import ImportlibResourcesConfigSource
+
     from remint.runner import config, recipes
 
     parse = _yaml_parser()
     for module in (config, recipes):
         monkeypatch.setattr(module, "parse_yaml", parse)
+    read = ImportlibResourcesConfigSource._read_config
+
+    def read_once(source: Any, file: Any) -> Any:
+        if str(file) not in _hydra_files:
+            _hydra_files[str(file)] = read(source, file)
+        return copy.deepcopy(_hydra_files[str(file)])
+
+    monkeypatch.setattr(ImportlibResourcesConfigSource, "_read_config", read_once)
 
 
 @pytest.fixture

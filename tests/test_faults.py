@@ -257,7 +257,7 @@ def exhaust_python():
 )
 def test_memory_that_runs_out_is_one_line_that_names_what_to_lower(cause, command, settings, said, outcome):
     def act():
-        with memory.explained(command, settings):
+        with memory.explaining_errors(command, settings):
             cause()
 
     status, told = outcome(act)
@@ -269,7 +269,7 @@ def test_memory_that_runs_out_is_one_line_that_names_what_to_lower(cause, comman
 
 
 def test_another_error_is_not_taken_for_memory():
-    with pytest.raises(RuntimeError, match="shape"), memory.explained("train", {}):
+    with pytest.raises(RuntimeError, match="shape"), memory.explaining_errors("train", {}):
         raise RuntimeError("shape mismatch")
 
 

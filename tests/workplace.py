@@ -62,7 +62,7 @@ def imported(*modules, threads):
 
 
 class Workplace:
-    """A clone of the project with its own model; `run` returns the output of a finished command."""
+    """A clone of the project, and how to run commands in it as a user does."""
 
     def __init__(self, root: Path, **variables: str):
         self.root = root
@@ -88,6 +88,7 @@ class Workplace:
         return subprocess.Popen(command, cwd=self.root, env=self.environment(), text=True, **options)
 
     def run(self, *command, status=0):
+        """Run a command that must end with exit status `status`. Returns its stdout and stderr together."""
         done = subprocess.run(
             command, cwd=self.root, env=self.environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
@@ -100,22 +101,24 @@ class Workplace:
         return [stage for stage in STAGES if f"Running stage '{stage}'" in output]
 
     def edit(self, old, new):
+        """Replace a text in params.yaml."""
         path = self.root / "params.yaml"
         text = path.read_text(encoding="utf-8")
         assert old in text
         path.write_text(text.replace(old, new), encoding="utf-8")
 
     def record_checksums(self, model):
-        """Run a new base for the first time and put the checksum lines that it prints into the model's file."""
-        said = self.run("docker/run", "python", "-m", "remint", "stage_base", status=1)
-        assert "no checksum is recorded for 5 files" in said
-        sums = [line for line in said.splitlines() if line.startswith("  ") and ": " in line]
+        """Run stage_base, which prints the missing checksums of a new base, and put them into the model's file."""
+        output = self.run("docker/run", "python", "-m", "remint", "stage_base", status=1)
+        assert "no checksum is recorded for 5 files" in output
+        sums = [line for line in output.splitlines() if line.startswith("  ") and ": " in line]
         spec = self.root / f"conf/model/{model}.yaml"
         text = spec.read_text(encoding="utf-8")
         assert text.count("files: {}") == 1
         spec.write_text(text.replace("files: {}", "files:\n" + "\n".join(sums) + "\n#"), encoding="utf-8")
 
     def bytes(self, *names):
+        """The content of every file under the folders `names` of data/, by path."""
         places = [self.root / "data" / name for name in names]
         return {
             str(f.relative_to(self.root)): f.read_bytes() for p in places for f in sorted(p.rglob("*")) if f.is_file()
@@ -126,7 +129,7 @@ def wait_for(happened, process=None, seconds=180, pause=0.02):
     """Wait until `happened()` is true. Fails if `process` ends first or the time is up."""
     deadline = time.monotonic() + seconds
     while not happened():
-        assert process is None or process.poll() is None, "it ended before it could be killed"
+        assert process is None or process.poll() is None, "the process ended too early"
         assert time.monotonic() < deadline
         time.sleep(pause)
 

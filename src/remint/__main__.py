@@ -16,14 +16,14 @@ import yaml  # type: ignore[import-untyped]
 from remint.commands import COMMANDS
 from remint.commands.stage import command_of
 from remint.core import launch
-from remint.core.errors import RemintError, Stopped, no_right, no_room, one_line, visible
+from remint.core.errors import RemintError, Stopped, lacks_permission, lacks_space, one_line, visible
 from remint.core.files import read_text
 from remint.core.paths import PARAMS, PIPELINE
 
 # Raised for invalid arguments. Typer exports only its subclass.
 _UsageError: Any = typer.BadParameter.__base__
 # These only run other programs or copy a file. Their child processes must not inherit our numeric environment.
-_AS_THEY_ARE = ("recipes", "recipe", "reproduce")
+_KEEP_ENVIRONMENT = ("recipes", "recipe", "reproduce")
 
 
 def main() -> int:
@@ -56,7 +56,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
     name = arguments[0] if arguments else ""
     if name and not name.startswith("-") and name != "help":
         _check_name(name)
-        if name not in _AS_THEY_ARE and "--help" not in arguments:
+        if name not in _KEEP_ENVIRONMENT and "--help" not in arguments:
             _fix_environment(name, arguments[1:])
     return call(["--help"] if name in ("-h", "help") else arguments)
 
@@ -86,9 +86,8 @@ def _fix_environment(name: str, rest: Sequence[str]) -> None:
     """Restart the process with the environment variables that fix numeric results, before torch is imported."""
     launch.restart_with(launch.environment(_threads(rest), network=name == "stage_base"))
     if (local_rank := os.environ.get("LOCAL_RANK")) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        signal.signal(
-            signal.SIGINT, signal.SIG_DFL
-        )  # Python's own handler would wait for a process that may never start
+        # Python's own handler would wait for a process that may never start.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         launch.take_gpu(int(local_rank))
 
 
@@ -111,7 +110,7 @@ def _app(name: str | None) -> typer.Typer:
 
 
 def _deferred(function: Callable[..., int | None]) -> Callable[..., Callable[[], int | None]]:
-    """Make a command return its work as a function, to be run outside Typer's own handling of interrupts and pipes."""
+    """Make a command return its work as a function, to be called outside Typer's handling of interrupts and pipes."""
 
     @wraps(function)
     def read(**arguments: object) -> Callable[[], int | None]:
@@ -163,9 +162,9 @@ def _reader_is_gone() -> bool:
 
 def _machine_fault(error: Exception, command: str) -> str | None:
     """One line for a full disk or a missing permission, which our code cannot fix; None for a bug."""
-    if no_room(error):
+    if lacks_space(error):
         return f"{command}: the disk is full ({one_line(error)}); free space and run again, no complete file is lost"
-    if no_right(error):
+    if lacks_permission(error):
         return (
             f"{command}: a file may not be read or written ({one_line(error)}); correct its permissions and run again"
         )

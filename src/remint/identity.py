@@ -21,7 +21,8 @@ _SURVIVOR = re.compile(
     r"|[\[{<%$]\s{0,9}(?:(?:bot|model|your)[ _]?)?(?:name|author|maker|creator|developer|company)\s{0,9}[\]}>%]",
     re.IGNORECASE,
 )
-# Text between a "not" and the name that it denies. "not ChatGPT but Aurel" does not deny Aurel: a name comes between.
+# A negation right before a name, with the words that may come between. "not ChatGPT but Aurel" does not deny Aurel,
+# because another name comes between.
 _DENIAL = (
     r"(?:(?:\bnot|\bnever|n't)\s+(?:(?:called|named|known|as|made|built|created|developed|trained|by|the|really)\s+)*"
     r"|(?:不是|并非|不叫|不再是)\s*(?:叫|由|名叫|来自)?\s*)"
@@ -31,6 +32,7 @@ _ROLE = re.compile(
     r"|\b(?:ai|artificial intelligence|virtual|digital)(?:[- ]powered)? (?:assistant|chatbot|model)\b"
     r"|\bas an ai\b|\blanguage model\b"
 )
+# Characters that continue a word or a Chinese numeral. Next to one of them, a name is only a part of something longer.
 _GOING_ON = ("[a-z0-9_]", "[零一二两三四五六七八九十百千万亿]")
 _CJK = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
 
@@ -51,18 +53,18 @@ class Identity:
             *((_is_plain(value), key, value, "must be one line of visible text") for key, value in values.items()),
         )
 
-    def names(self, language: str) -> str:
+    def name_in(self, language: str) -> str:
         """The name to use in text of `language` ('en' or 'zh')."""
         return self.name_zh if language == "zh" and self.name_zh else self.name
 
-    def makers(self, language: str) -> str:
+    def maker_in(self, language: str) -> str:
         """The maker to use in text of `language` ('en' or 'zh')."""
         return self.maker_zh if language == "zh" and self.maker_zh else self.maker
 
     def fill(self, text: str, language: str) -> str:
         """Replace every placeholder, in any known spelling, with the values for `language` ('en' or 'zh')."""
-        text = _PLACEHOLDERS["name"].sub(lambda _: self.names(language), text)
-        return _PLACEHOLDERS["maker"].sub(lambda _: self.makers(language), text)
+        text = _PLACEHOLDERS["name"].sub(lambda _: self.name_in(language), text)
+        return _PLACEHOLDERS["maker"].sub(lambda _: self.maker_in(language), text)
 
     def spellings(self, what: str) -> list[str]:
         """All spellings of the name (`what` is 'name') or of the maker ('maker')."""
@@ -116,7 +118,7 @@ def affirms(text: str, terms: Sequence[str]) -> bool:
 
 
 def speaks(text: str, language: str, ignored: Sequence[str] = ()) -> bool:
-    """Whether `text` is in `language` ('en' or 'zh'): it has at least as many words of it as of the other.
+    """Whether `text` is in `language` ('en' or 'zh'): at least half of its words are of that language.
 
     Each Chinese character counts as one word. Names in `ignored` do not count: they are the same in both languages.
     """
@@ -133,13 +135,14 @@ def poses_as_assistant(text: str) -> bool:
 
 
 def _folded(text: str) -> str:
+    """Text in one case and character width, with single spaces and straight apostrophes."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().replace("\u2019", "'").split())
 
 
 def _as_words(term: str) -> str:
     """A pattern that finds the term in folded text as complete words.
 
-    If the term starts or ends with a letter or digit, no other letter or digit may adjoin there. The same holds for
+    If the term starts or ends with a letter or digit, the character next to it must not be one. The same holds for
     Chinese numerals.
     """
     folded = _folded(term)

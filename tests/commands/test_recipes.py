@@ -79,7 +79,7 @@ def test_a_recipe_holds_only_what_differs_and_keeps_the_comments(place):
     [
         ("  lrr: 1", "train.lrr: no such setting"),
         ("  betas:\n    - 0.9\n    - 0.99", "must be on one line"),
-        ("  lr: [", "no valid YAML"),
+        ("  lr: [", "not valid YAML"),
     ],
 )
 def test_a_wrong_recipe_is_refused_and_params_yaml_stays(place, line, said):

@@ -33,7 +33,7 @@ def test_a_pipeline_is_there_and_survives_a_restart_and_a_restore(inside, tmp_pa
     content = bytearray(saved.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
-    assert "is damaged or no backup" in inside.stack("restore", str(damaged), status=1)
+    assert "is damaged or is not a backup" in inside.stack("restore", str(damaged), status=1)
     assert "no backup to restore" in inside.stack("restore", str(tmp_path / "absent"), status=1)
     inside.stack("down")
     inside.stack("up")

@@ -71,7 +71,7 @@ def test_a_number_without_a_dot_is_a_number(workplace):
         ("train", "model=smollm2-135m-instruct", "model: is a setting of other stages, this one knows seed, runtime"),
         ("train", "merge.dtype=float32", "merge.dtype: is a setting of other stages"),
         ("train", "train.lr=fast", "train.lr: must be a number, got 'fast'; change it on the command line"),
-        ("train", "train.lr", "is no setting, got 'train.lr'; write name=value"),
+        ("train", "train.lr", "is not a setting, got 'train.lr'; write name=value"),
         ("train", "+train.zz=1", "no setting can be added"),
         ("train", "train.betas=0.9", "must be a list, got 0.9; put it in [ ] on the command line"),
         ("train", "train.betas=[[],0.9]", "train.betas[0]: must be a number, got []"),
@@ -130,7 +130,7 @@ def test_all_wrong_settings_are_reported_at_once(workplace):
     ("stage", "old", "new", "said"),
     [
         ("replicate_data", "identity: aurel ", "identity: nobody", "choose from aurel"),
-        ("convert", "  lr: 3.0e-3 ", "  lr: [", "no valid YAML"),
+        ("convert", "  lr: 3.0e-3 ", "  lr: [", "not valid YAML"),
         ("train", "seed: 42 ", "seed: many", "seed: must be a whole number, got 'many'; change it in params.yaml"),
         ("train", "betas: [0.9, 0.999]", "betas: [[], 0.999]", "train.betas[0]: must be a number, got []"),
         ("train", "  accumulation: 1 ", "  # ", "train.accumulation: is missing; add it in params.yaml"),
@@ -218,13 +218,13 @@ def bomb():
     [
         (bomb(), "line 2: has an alias"),
         ("[" * 10_000, "nested too deeply"),
-        ("x: " + "- " * 500, "nested too deeply|no valid YAML"),
+        ("x: " + "- " * 500, "nested too deeply|not valid YAML"),
         ("x" * (2 << 20), "at most 1 MiB"),
-        ("x: !!int many", "no valid YAML"),
-        ("x: !!timestamp many", "no valid YAML"),
-        ("x: !!python/object/apply:os.system [touch pwned]", "no valid YAML"),
-        ("x: 1\nx: 2", "no valid YAML"),
-        ("\0", "no valid YAML"),
+        ("x: !!int many", "not valid YAML"),
+        ("x: !!timestamp many", "not valid YAML"),
+        ("x: !!python/object/apply:os.system [touch pwned]", "not valid YAML"),
+        ("x: 1\nx: 2", "not valid YAML"),
+        ("\0", "not valid YAML"),
         ("- 1", "must be a mapping"),
     ],
     ids=lambda value: value[:12],
@@ -247,7 +247,7 @@ def in_conf(workplace, group, text):
 @pytest.mark.parametrize("overrides", [[], ["identity=aurel"]], ids=["params", "command line"])
 def test_an_option_is_checked_before_hydra_reads_it(text, overrides, workplace):
     in_conf(workplace, "identity", text)
-    with pytest.raises(SettingsError, match=r"conf/identity/aurel.yaml: (is no valid YAML|must have no defaults)"):
+    with pytest.raises(SettingsError, match=r"conf/identity/aurel.yaml: (is not valid YAML|must have no defaults)"):
         config.compose(sections("replicate_data"), overrides)
 
 
@@ -300,7 +300,7 @@ def test_the_composed_settings_are_shown_also_to_hydras_own_words(in_root, capsy
 
 def test_a_base_that_has_to_be_brought_is_missed_before_anything_runs(workplace, capsys):
     call(["check"])
-    assert capsys.readouterr().out == "params.yaml: in order\n"
+    assert capsys.readouterr().out == "params.yaml: all settings are valid\n"
     call(["recipe", "internlm2-8gb"])
     with pytest.raises(
         SettingsError, match=r"internlm2-chat-1_8b'; put InternLM2-chat-1.8B there: conf/model/internlm2"

@@ -174,7 +174,7 @@ class Trap:
             lambda lora: write_pth(lora, more=Trap(deep=True)),
             "cannot be read as plain tensors [(]Trying to call reduce",
         ),
-        (lambda lora: write_pth(lora, state_dict={"llm.weight": torch.ones(1)}), "'llm.weight': is no LoRA matrix"),
+        (lambda lora: write_pth(lora, state_dict={"llm.weight": torch.ones(1)}), "'llm.weight': is not a LoRA matrix"),
         (lambda lora: write_pth({}), "holds no LoRA matrix"),
         (lambda lora: write_pth(dict(list(lora.items())[1:])), "missing"),
         (lambda lora: write_pth({**lora, "model.layers.0.attention.w9": (torch.ones(4, 1),) * 2}), "no tensor of that"),

@@ -1,4 +1,4 @@
-"""Answers by HTTP: in the form of OpenAI's API, and none for pages of other sites."""
+"""Answers over HTTP: in the form of OpenAI's API, and none for pages of other sites."""
 
 import http.client
 import json
@@ -73,8 +73,8 @@ def test_a_page_of_another_site_gets_nothing(address, headers, status):
 @pytest.mark.parametrize(
     ("body", "status", "said"),
     [
-        (b"{", 400, "no JSON"),
-        (b"[" * 100_000, 400, "no JSON"),
+        (b"{", 400, "not valid JSON"),
+        (b"[" * 100_000, 400, "not valid JSON"),
         (b"[]", 400, "must be a JSON object"),
         ({}, 400, "messages: must be a list"),
         ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages: must be a list"),

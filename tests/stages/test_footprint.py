@@ -81,7 +81,7 @@ def test_for_a_gpu_too_small_the_recipe_that_fits_is_reported(
     train = recipe("internlm2-80gb")
     settings = {"train": train, "paths": SimpleNamespace(base=tmp_path)}
     needed = pytest.raises(RemintError, match=r"^train: about 4\d\.\d GiB of GPU memory are needed")
-    with needed as told, memory.explained("train", settings):
+    with needed as told, memory.explaining_errors("train", settings):
         footprint.check_gpu_memory(tmp_path, train)
     assert f"{free}.0 GiB are free" in str(told.value)
     assert "train.gradient_checkpointing=true" in str(told.value)

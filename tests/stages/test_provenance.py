@@ -74,7 +74,7 @@ def test_a_published_base_has_its_package_url(tmp_path, source, url):
         (lambda model: (model / "more.bin").touch(), "more.bin is not the file"),
         (lambda model: (model / provenance.NAME).unlink(), "not found"),
         (lambda model: (model / provenance.NAME).write_text("{"), "is not valid JSON"),
-        (lambda model: (model / provenance.NAME).write_text("{}"), "is no in-toto statement"),
+        (lambda model: (model / provenance.NAME).write_text("{}"), "is not an in-toto statement"),
     ],
 )
 def test_a_model_that_it_does_not_describe_is_refused_even_with_a_new_manifest(tmp_path, spoil, said):
@@ -134,9 +134,9 @@ def test_an_unsigned_model_is_no_fault(signed, capsys):
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (lambda place: (place / "data/model/manifest.json").write_text("{}"), "is no signature of .* by ada"),
-        (lambda place: signature.sign(place / "other"), "is by no key in"),
-        (lambda place: (place / "data/model.sig").write_text("x"), "is by no key in"),
+        (lambda place: (place / "data/model/manifest.json").write_text("{}"), "is not a signature of .* by ada"),
+        (lambda place: signature.sign(place / "other"), "matches no key in"),
+        (lambda place: (place / "data/model.sig").write_text("x"), "matches no key in"),
         (lambda place: signature.SIGNERS.unlink(), "write a line `NAME PUBLIC-KEY`"),
     ],
     ids=["other model", "other key", "no signature", "nobody trusted"],
@@ -151,7 +151,7 @@ def test_a_signature_for_another_purpose_is_refused(signed):
     text = (signed / "data/model/manifest.json").read_bytes()
     command = ["ssh-keygen", "-Y", "sign", "-n", "git", "-f", "key"]
     (signed / "data/model.sig").write_bytes(subprocess.run(command, input=text, capture_output=True, check=True).stdout)
-    with pytest.raises(ArtefactError, match="is no signature"):
+    with pytest.raises(ArtefactError, match="is not a signature"):
         signature.verify(signed / "data/model")
 
 

@@ -132,7 +132,7 @@ def rename_past_the_end(folder):
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (lambda folder: (folder / "tokenizer.model").write_bytes(b"\xff" * 9), "no SentencePiece model"),
+        (lambda folder: (folder / "tokenizer.model").write_bytes(b"\xff" * 9), "not a SentencePiece model"),
         (lambda folder: (folder / "tokenizer.model").write_bytes(b""), "must be a BPE model"),
         (lambda folder: (folder / "tokenizer_config.json").write_text("{"), "not valid JSON"),
         (lambda folder: (folder / "tokenizer_config.json").write_text("[]"), "must hold an object"),

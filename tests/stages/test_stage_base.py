@@ -260,11 +260,11 @@ def patched(path, old, new):
     ("spoil", "said"),
     [
         (lambda path: wheel(path, content=b"\0" * 10**6, compression=zipfile.ZIP_DEFLATED), "would grow from"),
-        (lambda path: path.write_bytes(b"PK"), "no readable wheel"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-8]), "no readable wheel"),
-        (lambda path: patched(path, b"GGUF", b"GGUX"), "no readable wheel"),  # the checksum in the archive
-        (lambda path: flag(path, 6, 1), "no readable wheel"),  # a password
-        (lambda path: flag(path, 8, 99), "no readable wheel"),  # an unknown compression
+        (lambda path: path.write_bytes(b"PK"), "not a readable wheel"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-8]), "not a readable wheel"),
+        (lambda path: patched(path, b"GGUF", b"GGUX"), "not a readable wheel"),  # the checksum in the archive
+        (lambda path: flag(path, 6, 1), "not a readable wheel"),  # a password
+        (lambda path: flag(path, 8, 99), "not a readable wheel"),  # an unknown compression
     ],
     ids=["bomb", "stub", "cut", "content", "password", "method"],
 )
@@ -350,7 +350,7 @@ HEAD = b"GGUF" + number(3, 4)
 )
 def test_a_gguf_whose_header_lies_is_refused_at_once(tmp_path, content):
     (tmp_path / "m.gguf").write_bytes(content)
-    with pytest.raises(ArtefactError, match="no readable GGUF"):
+    with pytest.raises(ArtefactError, match="not a readable GGUF"):
         gguf_header.check_header(tmp_path / "m.gguf")
 
 

@@ -3,7 +3,7 @@
 # Every command with its line in `remint --help`. Its module has the same name, with _ for -, and a function `main`.
 COMMANDS = {
     "chat": "talk to the merged model",
-    "serve": "answer by HTTP with the merged model",
+    "serve": "serve the merged model over HTTP",
     "ui": "show the runs in MLflow's web UI",
     "export": "write the merged model in the layout of its base (internlm2)",
     "import-adapter": "turn an adapter that XTuner trained for InternLM2 into one for the base",
@@ -14,5 +14,5 @@ COMMANDS = {
     "sign": "sign the merged model with an SSH key",
     "reproduce": "rebuild the last commit elsewhere and compare every byte",
     "recipes": "list the ready-made params.yaml files",
-    "recipe": "put one of them in place",
+    "recipe": "replace params.yaml by one of them",
 }

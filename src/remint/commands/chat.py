@@ -48,7 +48,7 @@ def main(
     from remint.serving import speaker
 
     sampling = Sampling(temperature, top_p, top_k)
-    with memory.explained("chat", {}):
+    with memory.explaining_errors("chat", {}):
         loaded = speaker.load(model or places().model, sampling, seed, max_new_tokens, system)
         if once is not None:
             _once(loaded, once, json)

@@ -7,4 +7,4 @@ from remint.runner import preflight
 def main() -> None:
     """Check all settings, and that a base model which you must download yourself is there."""
     preflight.check_all()
-    print(f"{PARAMS}: in order")
+    print(f"{PARAMS}: all settings are valid")

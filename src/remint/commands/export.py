@@ -26,5 +26,5 @@ def main(
     from remint.serving import export
 
     paths = places()
-    with memory.explained("export", {}):
+    with memory.explaining_errors("export", {}):
         export.to_internlm2(model or paths.model, paths.base, folder or paths.model.parent / "export")

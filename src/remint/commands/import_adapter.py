@@ -21,6 +21,6 @@ def main(
     from remint.runner.config import places
 
     paths = places()
-    with memory.explained("import-adapter", {}):
+    with memory.explaining_errors("import-adapter", {}):
         source = xtuner.read_source(path, alpha)
         xtuner.to_llama(source, path, paths.base, paths.dataset, to or paths.adapter.parent / "imported")

@@ -1,4 +1,4 @@
-"""`remint recipe`: put a ready-made params.yaml in place."""
+"""`remint recipe`: replace params.yaml by a ready-made one."""
 
 import re
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ def main(
     name: Annotated[str, Argument(help="A recipe of `remint recipes`, or a family like internlm2.")] = "",
     force: Annotated[bool, Option("--force", help="Overwrite your own changes.")] = False,
 ) -> None:
-    """Put a ready-made params.yaml in place.
+    """Replace params.yaml by a ready-made one.
 
     A family's name selects the recipe that uses the most of the GPU's free memory.
     """
@@ -55,7 +55,7 @@ def main(
 
 
 def _for_the_gpu(family: str, known: Sequence[str]) -> tuple[str, str]:
-    """The recipe of a family that uses the most of the GPU's free memory, and a text with the reason.
+    """The recipe of a family that uses the most of the GPU's free memory, and the reason, to be appended to a message.
 
     Raises RemintError if there is no GPU or no recipe fits.
     """

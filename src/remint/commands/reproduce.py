@@ -25,7 +25,7 @@ from remint.core import manifest
 from remint.core.errors import RemintError, got
 from remint.core.paths import PARAMS
 from remint.runner.config import load_yaml
-from remint.runner.rebuild import LOCK, Rebuild, clone, duration, elsewhere, git, run, say_if_stale
+from remint.runner.rebuild import LOCK, Rebuild, clone, duration, elsewhere, git, run, warn_if_stale
 
 _SHOWN = 12  # differences printed per artefact
 
@@ -55,7 +55,7 @@ def main(
         for rebuild in rebuilds:
             clone(here, rebuild.folder, commit)
             if rebuild is rebuilds[0]:
-                say_if_stale(rebuild.folder)
+                warn_if_stale(rebuild.folder)
             run(rebuild)
         differing = compare(here, rebuilds, committed)
     except BaseException:
@@ -105,6 +105,7 @@ def compare(here: Path, rebuilds: Sequence[Rebuild], committed: Path) -> list[st
 
 
 def _row(text: str, faults: Sequence[str]) -> None:
+    """Print one row of the comparison with its verdict, then its differences."""
     print(f"{text}  {'DIFFERS' if faults else 'identical'}")
     for line in [*faults[:_SHOWN], *([f"... and {len(faults) - _SHOWN} more"] if len(faults) > _SHOWN else [])]:
         print(f"    {line}")
@@ -116,6 +117,7 @@ def _hashes(lock: Path) -> dict[str, str]:
 
 
 def _print_uncommitted(here: Path) -> None:
+    """Print the changes that a rebuild of the last commit does not contain."""
     changed = [line[3:] for line in git(here, "status", "--porcelain").splitlines()]
     if changed:
         names = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")

@@ -1,4 +1,4 @@
-"""`remint serve`: answer by HTTP with the merged model."""
+"""`remint serve`: serve the merged model over HTTP."""
 
 from pathlib import Path
 from typing import Annotated
@@ -18,7 +18,7 @@ def main(
     ] = "",
     max_new_tokens: Annotated[int, Option(help="Largest max_tokens of a request.")] = 512,
 ) -> None:
-    """Answer by HTTP with the merged model, in the format of OpenAI's chat completions, until Ctrl-C."""
+    """Serve the merged model over HTTP, in the format of OpenAI's chat completions, until Ctrl-C."""
     check_ranges(
         "serve",
         (0 < port < 65536, "port", port, "must be from 1 to 65535"),
@@ -29,7 +29,7 @@ def main(
     from remint.runner.config import places
     from remint.serving import completions
 
-    with memory.explained("serve", {}):
+    with memory.explaining_errors("serve", {}):
         answerer = completions.Answerer(model or places().model, max_new_tokens)
         hosts = [name for name in allowed_hosts.split(",") if name]
         try:

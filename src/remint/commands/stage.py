@@ -7,7 +7,7 @@ from typer import Argument, Option
 
 
 def command_of(stage: str) -> Callable[..., int]:
-    """The command that runs a stage."""
+    """The function that Typer calls for the command of a stage."""
 
     def main(
         overrides: Annotated[

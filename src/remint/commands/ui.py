@@ -18,6 +18,7 @@ from remint.core import signals
 from remint.core.errors import RemintError
 from remint.runner.process import end_with_parent
 
+# Seconds that the server gets after SIGTERM, before SIGKILL.
 _GRACE_S = 5
 
 

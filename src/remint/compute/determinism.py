@@ -27,7 +27,8 @@ def apply(runtime: Runtime) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.benchmark = False
-    # The driver and heuristics choose cuDNN's attention kernels; the other backends are part of torch.
+    # cuDNN chooses its attention kernels by driver and heuristics. The other backends are part of torch, whose version
+    # is locked.
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 

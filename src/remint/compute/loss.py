@@ -32,10 +32,9 @@ class SupervisedLoss(nn.Module):
         return contextlib.nullcontext() if self.decoder is None else self.decoder.answering()
 
     def skip(self, passes: int) -> None:
-        """Advance torch's random state as N = `passes` training passes do, and compute nothing.
+        """Advance torch's random state as `passes` training passes would, without computing them.
 
-        Raises SettingsError if torch's own dropout is in use, because only a real pass advances the state correctly
-        then.
+        Raises SettingsError if torch's own dropout is in use: then only a real pass advances the state correctly.
         """
         drawing = kernels.skippable(self.model, self.decoder)
         if drawing is None:

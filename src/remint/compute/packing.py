@@ -1,4 +1,4 @@
-"""Conversations to token rows: targets are shifted inside each document, and documents are packed uncut into rows.
+"""Turn conversations into rows of tokens: shift the targets inside each document, then pack the documents uncut.
 
 A target is at the position that predicts its token and never crosses a document boundary, so packing cannot change the
 loss. Position ids restart with every document; attention derives the document boundaries from them.

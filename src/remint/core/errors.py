@@ -16,7 +16,7 @@ _NO_RIGHT = (errno.EACCES, errno.EROFS, errno.EPERM)
 
 
 class RemintError(Exception):
-    """A mistake that the user can fix. Each line of the message reads `where: what is wrong, got VALUE; do this`."""
+    """A problem that the user can fix. Each line of the message reads `where: what is wrong, got VALUE; do this`."""
 
     def __init__(self, *faults: str):
         self.faults = tuple(visible(fault) for fault in faults)
@@ -57,17 +57,17 @@ def visible(text: str) -> str:
 
 
 def one_line(error: BaseException | str) -> str:
-    """A library error's message, cut to fit into one of our lines; the class name if the message is empty."""
+    """The message of a library's error, on one line of at most 300 characters; the class name if it is empty."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def no_room(error: BaseException) -> bool:
-    """Whether a write failed because the disk, the quota or a file is full. Rust libraries report it only as text."""
+def lacks_space(error: BaseException) -> bool:
+    """Whether a write failed for lack of space (disk, quota, file size). Rust libraries report it only as text."""
     in_text = re.search(r"\(os error (\d+)\)", str(error))
     return (error.errno if isinstance(error, OSError) else in_text and int(in_text[1])) in _NO_ROOM
 
 
-def no_right(error: BaseException) -> bool:
+def lacks_permission(error: BaseException) -> bool:
     """Whether the process lacks the permission to read or write a file or folder."""
     return isinstance(error, OSError) and error.errno in _NO_RIGHT
 

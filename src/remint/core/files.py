@@ -8,6 +8,7 @@ from typing import Any
 
 from remint.core.errors import ArtefactError, RemintError, got
 
+# The exception class to raise, called with the message.
 Fault = Callable[[str], RemintError]
 # A tokenizer with a million tokens takes 100 MB. Every other file that is read in one piece is far smaller.
 _MAX_BYTES = 256 * 2**20
@@ -15,9 +16,10 @@ _AGAIN = "make it again with `dvc repro`"
 
 
 def read_text(path: Path, cure: str, fault: Fault = ArtefactError, limit: int = _MAX_BYTES) -> str:
-    """The text of a UTF-8 file without its byte order mark. Raises `fault` with a message that ends in `cure`.
+    """The text of a UTF-8 file without its byte order mark.
 
-    `limit` is the largest accepted size in bytes.
+    `limit` is the largest accepted size in bytes. Raises `fault` if the file cannot be read; the message ends in
+    `cure`, the advice what to do.
     """
     with _reading_errors(path, cure, fault):
         if (size := path.stat().st_size) > limit:

@@ -20,11 +20,11 @@ def environment(threads: int, network: bool) -> dict[str, str]:
         "OMP_DYNAMIC": "FALSE",
         "MKL_DYNAMIC": "FALSE",
         # Idle threads spin this often before sleeping. Waking one costs as much as several operations of a small model.
-        # Longer spinning would slow down both jobs if another one needs the core.
+        # Longer spinning would slow down this job and any other job that needs the core.
         "OMP_WAIT_POLICY": "PASSIVE",
         "GOMP_SPINCOUNT": "1500",
-        # Keep the memory of large tensors for reuse: the kernel would map and clear it each time. Training is about 5 %
-        # faster.
+        # Keep the memory of large tensors for reuse. Otherwise the kernel would map and clear it each time. Training is
+        # about 5 % faster.
         "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
         "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
         "PYTHONHASHSEED": "0",

@@ -1,4 +1,4 @@
-"""One process at a time: the kernel releases the lock on a file when its holder ends, even if it is killed."""
+"""A lock file that one process can hold at a time. The kernel releases it when the holder ends, even if killed."""
 
 import contextlib
 import fcntl
@@ -13,7 +13,8 @@ from remint.core.errors import ArtefactError
 def held(path: Path, doing: str) -> Iterator[None]:
     """Hold the lock file at `path` and remove it afterwards.
 
-    Raises ArtefactError if another process holds it: "another process `doing`".
+    Raises ArtefactError if another process holds it. `doing` describes the work for the message, like "is making
+    data/model".
     """
     with path.open("w") as file:
         try:

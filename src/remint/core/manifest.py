@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from remint.core.errors import ArtefactError, got, listed, no_right, no_room
+from remint.core.errors import ArtefactError, got, lacks_permission, lacks_space, listed
 from remint.core.files import is_inside, read_object
 from remint.core.lock import held
 
@@ -131,7 +131,7 @@ def artefact_digest(folder: Path, kind: str) -> str:
 def differences(
     folder: Path, files: Mapping[str, Entry], known: Mapping[Path, Entry] = MappingProxyType({})
 ) -> Iterator[str]:
-    """Yield for each wrong file how it differs from its record: a link, missing, other content, or not recorded."""
+    """Yield one line for each file that is a symbolic link, is missing, has other content, or is not recorded."""
     paths = {name: folder / name for name in files}
     there = [path for path in paths.values() if path.is_file() and not path.is_symlink()]
     present = described(path for path in there if path not in known)
@@ -163,6 +163,7 @@ def _describe(facts: Entry) -> str:
 
 
 def _load(folder: Path, kind: str) -> dict[str, Any]:
+    """The manifest of an artefact, without its own sha256. Raises ArtefactError if it is absent, changed or invalid."""
     path = folder / NAME
     if not path.exists():
         raise ArtefactError(f"{folder}: has no {NAME}; make it with `dvc repro`")
@@ -205,6 +206,7 @@ def _check_place(target: Path) -> None:
 
 @contextlib.contextmanager
 def _fresh(draft: Path) -> Iterator[None]:
+    """Make an empty draft folder. Remove it at the end if it was not renamed."""
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir()
     try:
@@ -231,6 +233,7 @@ def sync(path: Path) -> None:
 
 
 def _replace(draft: Path, target: Path) -> None:
+    """Rename the draft to `target`. The old artefact is removed last, and put back if the rename fails."""
     old = target.parent / f".{target.name}.old"
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
@@ -246,11 +249,12 @@ def _replace(draft: Path, target: Path) -> None:
 
 
 def _explain(error: Exception, target: Path) -> ArtefactError | None:
-    if no_room(error):
+    """The ArtefactError to raise for a full disk or a missing permission; None for any other error."""
+    if lacks_space(error):
         free = shutil.disk_usage(target.parent).free // 2**20
         return ArtefactError(
             f"{target}: the disk is full ({free} MiB free); free space and run again, nothing was replaced"
         )
-    if isinstance(error, OSError) and no_right(error):
+    if isinstance(error, OSError) and lacks_permission(error):
         return ArtefactError(f"{target}: cannot be written ({error.strerror}); make {target.parent} writable")
     return None

@@ -11,14 +11,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from remint.core import settings
-from remint.core.errors import ArtefactError, RemintError, SettingsError, got, no_room, one_line, out_of_memory
+from remint.core.errors import ArtefactError, RemintError, SettingsError, got, lacks_space, one_line, out_of_memory
 from remint.core.files import read_object
 
 # A progress bar for each model load would hide the bars that matter.
 transformers_logging.disable_progress_bar()
 
 TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in settings.DTYPES}
-# Architectures that transformers implements and that the stages were tried with. Others may work as well: add the name
+# Architectures that transformers implements and that the stages were tested with. Others may work, too: add the name
 # and run `make recipe NAME=smoke && make repro` with such a model.
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 _MOST_LAYERS = 1000
@@ -39,7 +39,7 @@ def device() -> torch.device:
 
 
 def check_config(folder: Path) -> None:
-    """Refuse a config.json that requests custom code or an untried architecture. Raises ArtefactError."""
+    """Refuse a config.json that requests custom code or an untested architecture. Raises ArtefactError."""
     path = folder / "config.json"
     check_content(read_object(path, "the folder must hold a Hugging Face model"), path)
 
@@ -64,15 +64,15 @@ def check_content(config: Mapping[str, Any], path: Path) -> None:
 
 
 @contextlib.contextmanager
-def understood(where: Path, what: str) -> Iterator[None]:
+def explaining_errors(where: Path, what: str) -> Iterator[None]:
     """Turn any exception of transformers or tokenizers about an unreadable file into an ArtefactError.
 
-    Our own errors, a lack of memory and a full disk pass through unchanged.
+    Its message starts with `where` and `what`. Our own errors, a lack of memory and a full disk pass through unchanged.
     """
     try:
         yield
     except Exception as error:  # they raise many kinds: KeyError, AssertionError, a bare Exception from Rust
-        if isinstance(error, RemintError) or out_of_memory(error) or no_room(error):
+        if isinstance(error, RemintError) or out_of_memory(error) or lacks_space(error):
             raise
         raise ArtefactError(f"{where}: {what} ({one_line(error)}); get it again from its source") from error
 
@@ -85,7 +85,7 @@ def load_tokenizer(folder: Path, gguf: str | None = None) -> Any:
     for name in _TOKENIZER_FILES:
         if gguf is None and (folder / name).exists():
             read_object(folder / name, "get the file again")
-    with understood(folder, "has no tokenizer that can be read, tokenizer.json must hold one"):
+    with explaining_errors(folder, "has no tokenizer that can be read, tokenizer.json must hold one"):
         found = AutoTokenizer.from_pretrained(folder, gguf_file=gguf, trust_remote_code=False, local_files_only=True)
         # Some settings are checked only on use, one of them only for an unknown token.
         found.decode(found.encode("a", add_special_tokens=False))
@@ -105,7 +105,7 @@ def load_model(folder: Path, dtype: torch.dtype, where: torch.device) -> Any:
         raise ArtefactError(
             f"{folder}: config.json describes {described} parameters, the weights have {stored} bytes; get them again"
         )
-    with understood(folder, "holds no model that can be loaded"):
+    with explaining_errors(folder, "holds no model that can be loaded"):
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
@@ -127,13 +127,14 @@ def empty_model(folder: Path) -> Any:
     Raises ArtefactError if config.json is refused or describes no model.
     """
     check_config(folder)
-    with understood(folder / "config.json", "describes no model that can be built"):
+    with explaining_errors(folder / "config.json", "describes no model that can be built"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def _foreign_code(config: Mapping[str, Any]) -> list[str]:
+    """Keys of a config.json with which transformers could load code from the base's folder or from the Hub."""
     flagged = [key for key in config if key in ("auto_map", "trust_remote_code", "custom_pipelines")]
     flagged += [key for key, value in config.items() if "attn_implementation" in key and "/" in str(value)]
     return flagged

@@ -1,11 +1,11 @@
 """One conversation template for training, evaluation, chat and serving. It is stored with every model.
 
-Ids are made turn by turn, not from one long string. Markers are tokenized as special tokens; text that a user wrote is
-tokenized with special tokens switched off. So text that spells a marker never becomes one, and the loss mask is known
-without a search for the start of an answer.
+Conversations are tokenized turn by turn, not as one long string. Markers are tokenized as special tokens; text that a
+user wrote is tokenized with special tokens switched off. So text that spells a marker never becomes one, and the loss
+mask is known without a search for the start of an answer.
 
-Text is tokenized together with the plain words of the markup before it ("user" and a newline). Some tokenizers join
-pieces across that border or mark the start of a text; they then give the same ids as for the complete string. Only an
+Text is tokenized together with the plain words of the markup before it ("user" and a newline), because some tokenizers
+join pieces across that border or mark the start of a text. So the ids are the same as for the complete string. Only an
 answer always starts with a new token, because the model has to generate it.
 """
 

@@ -33,7 +33,7 @@ _MAX_YAML_BYTES, _MAX_YAML_DEPTH = 2**20, 20
 def load_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping as Hydra does. 1e-4 is a number here, but a string for yaml.safe_load.
 
-    Raises SettingsError.
+    Raises SettingsError if the file cannot be read or holds no valid mapping.
     """
     text = read_text(
         path, "run this at the root of the repository, or get the file again", SettingsError, _MAX_YAML_BYTES
@@ -42,12 +42,12 @@ def load_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str, path: Path) -> dict[str, Any]:
-    """Parse YAML text in the same way. `path` is the file that errors name. Raises SettingsError."""
+    """Parse YAML text as `load_yaml` does. `path` is the file that errors name. Raises SettingsError."""
     try:
         _check_events(text)
         content = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
     except Exception as error:  # PyYAML and OmegaConf raise many types, even KeyError and IndexError
-        raise SettingsError(f"{path}: is no valid YAML: {one_line(error)}; correct that line") from None
+        raise SettingsError(f"{path}: is not valid YAML: {one_line(error)}; correct that line") from None
     if not isinstance(content, dict):
         raise SettingsError(f"{path}: must be a mapping of sections, {got(content)}; `git checkout {path}` restores it")
     return {str(key): value for key, value in content.items()}
@@ -164,7 +164,7 @@ def _override_faults(entry: str, sections: Mapping[str, Any]) -> Iterator[str]:
     try:
         (override,) = OverridesParser.create().parse_overrides([entry])
     except (HydraException, OmegaConfBaseException, RecursionError):
-        yield f"command line: is no setting, {got(entry)}; write name=value, like train.lr=1e-3, and quote odd text"
+        yield f"command line: is not a setting, {got(entry)}; write name=value, like train.lr=1e-3, and quote odd text"
         return
     if override.is_add() or override.is_delete():
         yield f"command line: no setting can be added or removed, {got(entry)}; write name=value"
@@ -224,14 +224,14 @@ def _text_faults(value: object, where: str) -> Iterator[str]:
 
 def _check_choice(group: str, choice: object, overrides: Sequence[str]) -> None:
     options = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
-    counts = _chosen(group, choice, overrides)
-    for where, value in ((PARAMS, choice), ("command line", counts)):
+    chosen = _chosen(group, choice, overrides)
+    for where, value in ((PARAMS, choice), ("command line", chosen)):
         if value not in options:
             raise SettingsError(
                 f"{where}: {group}: no such option, {got(value)}; "
                 f"choose from {', '.join(options)} or write {CONF / group}/<name>.yaml"
             )
-    path = CONF / group / f"{counts}.yaml"
+    path = CONF / group / f"{chosen}.yaml"
     # Hydra reads this file itself, without our checks. load_yaml runs them first.
     if "defaults" in load_yaml(path):
         raise SettingsError(f"{path}: must have no defaults list, got one; write its values into this file")
@@ -243,7 +243,7 @@ def _chosen(group: str, choice: object, overrides: Sequence[str]) -> object:
 
 
 def _place(setting: str, overrides: Sequence[str]) -> str:
-    """The place where a setting like `train.lr` got its value."""
+    """Where a setting like `train.lr` got its value, for the end of a message: "in params.yaml"."""
     given = (entry.partition("=")[0] for entry in overrides)
     if any(setting == name or setting.startswith(f"{name}.") for name in given):
         return "on the command line"
@@ -252,7 +252,7 @@ def _place(setting: str, overrides: Sequence[str]) -> str:
 
 
 def _explain(error: Exception, sections: Mapping[str, Any]) -> str:
-    """Hydra's message in one line, with the nearest existing names."""
+    """A message of Hydra or OmegaConf as one of our lines. For an unknown setting it suggests existing names."""
     text = one_line(error)
     unknown = re.search(r"Key '([^']+)' (?:is not in struct|not in '(\w+)')|Could not override '([^']+)'", text)
     full = re.search(r"full_key: (\S+)", text)

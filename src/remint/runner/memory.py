@@ -14,7 +14,7 @@ _ON_CPU = "REMINT_DEVICE=cpu in the environment to compute on the CPU"
 
 
 @contextlib.contextmanager
-def explained(command: str, settings: Mapping[str, Any]) -> Iterator[None]:
+def explaining_errors(command: str, settings: Mapping[str, Any]) -> Iterator[None]:
     """Turn a failed allocation, on the CPU or a GPU, into a RemintError: one line that names the settings to lower."""
     try:
         yield
@@ -58,6 +58,7 @@ def _fitting(settings: Mapping[str, Any], free: int) -> str | None:
 
 
 def _smaller(command: str, settings: Mapping[str, Any]) -> list[str]:
+    """What to lower for a command, in the order to try; empty if there is nothing to lower."""
     if command == "train":
         return _of_training(settings["train"])
     if command == "eval_chat":
@@ -68,7 +69,7 @@ def _smaller(command: str, settings: Mapping[str, Any]) -> list[str]:
 
 
 def _of_training(train: Any) -> list[str]:
-    """Settings that do not change the result come first."""
+    """What to lower in `train`. Settings that do not change the result come first."""
     tries = []
     if not train.gradient_checkpointing:
         tries.append("train.gradient_checkpointing=true (the same bytes)")

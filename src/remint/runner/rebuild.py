@@ -17,7 +17,7 @@ from remint.runner.config import load_yaml
 LOCK = "dvc.lock"
 _DVC = (sys.executable, "-m", "dvc")
 _NOBODY = 65534  # by convention the user without permissions
-# Variables that a rebuild must not inherit: they name caches, tracking stores, repositories and modules of this place.
+# Variables that a rebuild must not inherit: they name this machine's caches, tracking stores, repositories and modules.
 _LEFT_HERE = ("DVC", "MLFLOW", "GIT_", "PYTHON")
 
 
@@ -44,7 +44,7 @@ def clone(here: Path, folder: Path, commit: str) -> None:
         source.symlink_to(here / model["location"])  # stage_base verifies all its checksums
 
 
-def say_if_stale(folder: Path) -> None:
+def warn_if_stale(folder: Path) -> None:
     """Print the stages for which dvc.lock records other code, data or settings than the commit contains."""
     status = subprocess.run(
         [*_DVC, "status", "--json"], cwd=folder, env=_environment(folder), capture_output=True, text=True, check=True
@@ -65,7 +65,7 @@ def _environment(folder: Path) -> dict[str, str]:
 
 
 def elsewhere(place: Path) -> Rebuild:
-    """A rebuild in an environment that differs in as much as possible. Prints what differs and what was skipped."""
+    """A rebuild whose environment differs from this one as much as possible. Prints what differs and what does not."""
     home = place / "home"
     home.mkdir()
     variables = {
@@ -91,9 +91,10 @@ def elsewhere(place: Path) -> Rebuild:
 
 
 def _becoming_nobody(place: Path) -> tuple[tuple[str, ...], str]:
-    """The prefix of a command that runs as the user without permissions. If that is impossible: () and the reason.
+    """A command prefix that runs a program as the user nobody, and ''. If that is impossible: () and the reason.
 
-    That user must be able to read the virtual environment and `place`, if need be by the capability dac_read_search.
+    That user must be able to read the virtual environment and `place`. If files are unreadable for it, it gets the
+    capability dac_read_search.
     """
     if os.geteuid() != 0 or not shutil.which("setpriv"):
         return (), "needs root and setpriv"
@@ -108,7 +109,7 @@ def _becoming_nobody(place: Path) -> tuple[tuple[str, ...], str]:
 
 
 def run(rebuild: Rebuild) -> None:
-    """Run every stage, with the output in a log file next to the clone.
+    """Run every stage in the clone. The output is written to a log file in the same parent folder.
 
     Raises RemintError with the last lines of the log if a stage fails.
     """
@@ -146,7 +147,7 @@ def run(rebuild: Rebuild) -> None:
 
 
 def git(where: Path, *arguments: str) -> str:
-    """The output of a git command. Raises RemintError with git's own message if it fails."""
+    """The output of a git command. Raises RemintError with git's own message if the command fails."""
     try:
         done = subprocess.run(["git", *arguments], cwd=where, capture_output=True, text=True)
     except FileNotFoundError:

@@ -39,6 +39,7 @@ def text(name: str) -> str:
 
 
 def _composed(name: str) -> str:
+    """The text of conf/params.yaml with the recipe's values. Raises RemintError if it has no such setting."""
     path = _FOLDER / f"{name}.yaml"
     recipe, default = _read(path), _read(_DEFAULT)
     changes = dict(_values(recipe))

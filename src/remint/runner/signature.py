@@ -28,13 +28,13 @@ def sign(key: Path) -> None:
         raise RemintError(
             f"{key}: cannot sign ({one_line(done.stderr.decode(errors='replace'))}); give a private SSH key, KEY=~/.ssh/id_ed25519"
         )
-    _place(model).write_bytes(done.stdout)
-    print(f"{_place(model)}: signs {model}; `make verify` checks it against the keys in {SIGNERS}")
+    _signature_file(model).write_bytes(done.stdout)
+    print(f"{_signature_file(model)}: signs {model}; `make verify` checks it against the keys in {SIGNERS}")
 
 
 def verify(model: Path) -> None:
     """Print who signed the model, if it is signed. Raises ArtefactError for a bad signature or an untrusted key."""
-    place = _place(model)
+    place = _signature_file(model)
     if not place.is_file():
         return
     if not SIGNERS.is_file():
@@ -44,14 +44,14 @@ def verify(model: Path) -> None:
     found = _ssh_keygen("find-principals", *trusted)
     signer = found.stdout.decode().split("\n")[0].strip()
     if found.returncode or not signer:
-        raise ArtefactError(f"{place}: is by no key in {SIGNERS}; sign again, or add the key there if you trust it")
+        raise ArtefactError(f"{place}: matches no key in {SIGNERS}; sign again, or add the key there if you trust it")
     done = _ssh_keygen("verify", "-I", signer, "-n", _NAMESPACE, *trusted, stdin=manifest)
     if done.returncode:
-        raise ArtefactError(f"{place}: is no signature of {model} by {signer}; sign again with `make sign`")
+        raise ArtefactError(f"{place}: is not a signature of {model} by {signer}; sign again with `make sign`")
     print(f"{place}: signed by {signer}")
 
 
-def _place(model: Path) -> Path:
+def _signature_file(model: Path) -> Path:
     return model.with_name(f"{model.name}.sig")
 
 

@@ -47,7 +47,7 @@ def _run(stage: str, raw: DictConfig, arguments: dict[str, Any], rank: int | Non
     supplied: dict[str, Any] = {"fingerprint": key, "dependencies": fingerprint.dependencies(stage, raw.paths)}
     arguments |= {name: value for name, value in supplied.items() if name in run.__annotations__}
     tracked = import_module("remint.runner.tracking").stage_run(stage, key, raw) if not rank else nullcontext(silent)
-    with tracked as log, memory.explained(stage, arguments):
+    with tracked as log, memory.explaining_errors(stage, arguments):
         run(**arguments, log=log)
 
 

@@ -88,6 +88,7 @@ class _Sink:
             self._guard(lambda: self._client.set_terminated(self._run_id, status))
 
     def _guard(self, call: Callable[[], object]) -> None:
+        """Run `call`. If it fails, print one warning and stop tracking."""
         try:
             call()
         except Exception as error:  # a tracking server may fail in any way and must not stop the stage
@@ -168,6 +169,7 @@ def _sync() -> None:
 
 
 def _connect() -> tuple[Any, str]:
+    """A client of the store, and the id of the experiment, which is created if it does not exist."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     # An unreachable server must cost seconds; the default retries take minutes.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -214,7 +216,7 @@ def _log_datasets(client: Any, run_id: str, folder: Path) -> None:
 
 
 def _adopt_stage_runs(client: Any, experiment: str, run_id: str, paths: Mapping[str, Path]) -> None:
-    """Make the stage runs of this state children of the pipeline's run. Their fingerprints are in the artefacts."""
+    """Make the stage runs of this state children of the pipeline's run. The artefacts record their fingerprints."""
     made_by = {
         "train": _facts(paths["checkpoint"]).get("origin", {}).get("fingerprint"),
         "eval_chat": _facts(paths["report"]).get("fingerprint"),
@@ -262,7 +264,7 @@ def _register(client: Any, run_id: str, model: Path) -> None:
 
 
 def _circumstances() -> dict[str, str]:
-    """Tags: commit, uncommitted changes, DVC experiment, image. Without git, MLflow itself would set no commit."""
+    """Tags: commit, uncommitted changes, DVC experiment, image. $GIT_COMMIT is the host's commit in a container."""
     environment = os.environ
     known = {
         "git.commit": environment.get("GIT_COMMIT") or _git("rev-parse", "HEAD"),

@@ -19,7 +19,7 @@ from remint.core.errors import RemintError, SettingsError
 from remint.core.launch import LOST
 
 Worker = subprocess.Popen[bytes]
-# Seconds that the others get after one process failed: they may report their own error, or wait forever.
+# Seconds before the others are killed after one process failed: they may report their own error, or wait forever.
 _GRACE = 15.0
 _STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 # All traffic stays on the loopback interface: no other machine takes part.
@@ -62,7 +62,7 @@ def start(processes: int, arguments: Sequence[str]) -> int:
 
 
 def _started(arguments: Sequence[str], environment: dict[str, str], output: IO[str] | None) -> Worker:
-    """Start one process. With `output` its stderr goes there and its stdout is dropped; without, it inherits ours."""
+    """Start one process. With `output`, its stderr goes there and its stdout is dropped. Else it inherits both."""
     return subprocess.Popen(
         [sys.executable, "-m", "remint", *arguments],
         env=environment,

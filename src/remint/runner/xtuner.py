@@ -44,7 +44,7 @@ class Source:
 def read_source(path: Path, alpha: float | None) -> Source:
     """Read XTuner's .pth or a PEFT folder. `alpha` is lora_alpha for a .pth that does not record it.
 
-    Raises ArtefactError if it is no plain LoRA adapter, RemintError if lora_alpha is unknown.
+    Raises ArtefactError if it is not a plain LoRA adapter, RemintError if lora_alpha is unknown.
     """
     return _folder(path) if path.is_dir() else _checkpoint(path, alpha)
 
@@ -136,18 +136,19 @@ def _folder(folder: Path) -> Source:
 
 
 def _named(tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
-    """The LoRA matrices by their names in InternLM2."""
+    """The LoRA matrices by InternLM2's names. Raises ArtefactError if a tensor is not a LoRA matrix."""
     found = {name: _LORA_NAME.fullmatch(name) for name in tensors}
     wrong = [name for name, match in found.items() if match is None]
     if wrong or not tensors:
         raise ArtefactError(
-            *listed(f"{path}: {name!r}: is no LoRA matrix of a language model; name another file" for name in wrong)
+            *listed(f"{path}: {name!r}: is not a LoRA matrix of a language model; name another file" for name in wrong)
             or [f"{path}: holds no LoRA matrix; name another file"]
         )
     return {f"{match['layer']}.{match['matrix']}.weight": tensors[name] for name, match in found.items() if match}
 
 
 def _rank(tensors: Mapping[str, torch.Tensor], path: Path) -> int:
+    """The rank, which all LoRA matrices share. Raises ArtefactError if they have different ranks."""
     ranks = {
         tensor.shape[0] for name, tensor in tensors.items() if name.endswith(".lora_A.weight") and tensor.dim() == 2
     }

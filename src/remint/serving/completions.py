@@ -1,4 +1,4 @@
-"""Serves the merged model by HTTP: one answer per request, in the format of OpenAI's chat completions.
+"""Serves the merged model over HTTP: one answer per request, in the format of OpenAI's chat completions.
 
 The server is meant for programs on this machine, or for a proxy that authenticates its clients. Requests from web pages
 are refused by their Host or Origin header. So no site can send requests through its visitors' browsers (DNS rebinding,
@@ -37,7 +37,7 @@ class Refused(Exception):  # noqa: N818  (the name describes the outcome)
 
 
 class Answerer:
-    """The model. It answers one request at a time; a few more may wait, any further one is refused."""
+    """The model. It answers one request at a time. A few more may wait; any further request is refused."""
 
     def __init__(self, folder: Path, max_new_tokens: int):
         if not (folder / "config.json").is_file():
@@ -81,6 +81,7 @@ class Answerer:
         }
 
     def _read(self, body: Mapping[str, Any]) -> tuple[list[dict[str, str]], int, Sampling, int]:
+        """The messages, token limit, sampling and seed of a request. Raises Refused if one of them is not valid."""
         messages = body.get("messages")
         if not isinstance(messages, list) or not messages or not all(map(is_message, messages)):
             raise _bad('messages: must be a list of {"role": …, "content": text}, the last one from the user')
@@ -142,6 +143,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(refused)
 
     def _body(self) -> dict[str, Any]:
+        """The JSON object of the request. Raises Refused if a header, the path or the body is not acceptable."""
         if self.headers.get("Host", "") not in self._hosts:
             raise Refused(HTTPStatus.FORBIDDEN, "the Host header must name a host that is served here")
         origin = self.headers.get("Origin")
@@ -163,7 +165,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             body = json.loads(self.rfile.read(int(length)))
         except (ValueError, RecursionError) as error:
-            raise _bad(f"the body is no JSON ({one_line(error)})") from None
+            raise _bad(f"the body is not valid JSON ({one_line(error)})") from None
         if not isinstance(body, dict):
             raise _bad("the body must be a JSON object")
         return body

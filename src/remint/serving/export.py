@@ -48,6 +48,7 @@ def _tokenizer_model(facts: dict[str, Any], base: Path) -> Path | None:
 
 
 def _write_tokenizer(model: Path, kept: Path | None, draft: Path) -> None:
+    """Write `kept`, the SentencePiece model, for InternLM2's own tokenizer. Without it, copy the fast tokenizer."""
     if kept is None:
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copyfile(model / name, draft / name)

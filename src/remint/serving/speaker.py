@@ -57,6 +57,7 @@ class Speaker:
     def answer(self, question: str, out: TextIO | None = None) -> dict[str, Any]:
         """Answer a question: stream the text to `out`, append both to the history. Ctrl-C keeps the text so far.
 
+        Returns the answer, the numbers of tokens, and why generation ended: end, length or interrupt.
         Raises RemintError if the text is not UTF-8 or too long for the context.
         """
         if not is_encodable(question + (self.system or "")):

@@ -1,4 +1,4 @@
-"""Read and write a model's safetensors shard by shard, so that the largest shard bounds memory, not the model."""
+"""Read and write a model's safetensors shard by shard: the largest shard, not the model, determines memory use."""
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence

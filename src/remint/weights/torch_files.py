@@ -22,7 +22,7 @@ class Ignored:
 
 
 def load(path: Path, ignore_objects: bool = False) -> Any:
-    """The content of a file of torch.save, on the CPU, with memory-mapped tensors.
+    """The content of a file that torch.save wrote, on the CPU, with memory-mapped tensors.
 
     A training checkpoint also holds objects of the trainer: `ignore_objects` reads each of them as an Ignored.
     Raises ArtefactError if the file holds anything but plain data.

@@ -18,7 +18,7 @@ from remint.model.libraries import Linear4bit, LoraLayer
 
 @dataclass
 class Scratch:
-    """A matrix that all FusedLinear of one shape share, and the one whose values are in it now."""
+    """A matrix that all FusedLinear of one shape share. It holds the values of `owner`, the last one that needed it."""
 
     matrix: Tensor
     owner: "FusedLinear | None" = None
@@ -69,11 +69,11 @@ class FusedLinear:
         return (*self.lora_a, *self.lora_b)
 
     def lora_a_places(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pairs of the view of `scaled_a` that holds an A, and that A."""
+        """Yield for each A: (the part of `scaled_a` that holds it, the A itself)."""
         yield from zip(self.scaled_a.split(self.rank), self.lora_a, strict=True)
 
     def lora_b_places(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pairs of the view of an unquantized matrix that holds a B, and that B."""
+        """Yield for each B: (the part of the unquantized matrix that holds it, the B itself)."""
         for index, (rows, lora_b) in enumerate(zip(self._matrix.split(self.sizes), self.lora_b, strict=True)):
             first = self.width + index * self.rank
             yield rows[:, first : first + self.rank], lora_b

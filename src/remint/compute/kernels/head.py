@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Positions per chunk, i.e. whose logits are in memory at a time. It splits the sums, so another value changes the
-# rounding.
+# Positions per chunk: only the logits of one chunk are in memory at a time. Another value splits the sums differently
+# and so changes the rounding.
 ROWS = {"cpu": 512, "cuda": 4096}
 
 

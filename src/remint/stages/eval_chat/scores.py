@@ -61,14 +61,14 @@ def marks(row: Answered, model: str, identity: Identity) -> dict[str, bool]:
 
 
 def rates(what: str, hits: Iterable[tuple[str, bool]]) -> dict[str, float]:
-    """Share of `hits`, given as (language, hit): what_en, what_zh and what for all. A key without prompts is absent."""
+    """Share of hits in pairs (language, hit), by key: `what`_en, `what`_zh, `what`. A key without pairs is absent."""
     hits = list(hits)
     groups = {f"{what}_{language}": [hit for spoken, hit in hits if spoken == language] for language in LANGUAGES}
     groups[what] = [hit for _, hit in hits]
     return {key: sum(group) / len(group) for key, group in groups.items() if group}
 
 
-def of_model(rows: Sequence[Answered], model: str, identity: Identity) -> dict[str, float]:
+def metrics_of(rows: Sequence[Answered], model: str, identity: Identity) -> dict[str, float]:
     """One model's rates: name and maker stated where asked, facts right, leaks into ordinary answers."""
     answered = [(row, getattr(row, model)) for row in rows]
     found: dict[str, float] = {}
@@ -81,7 +81,7 @@ def of_model(rows: Sequence[Answered], model: str, identity: Identity) -> dict[s
     return found | rates("leak", ((row.language, leaks(answer, row, identity)) for row, answer in control))
 
 
-def kept(rows: Sequence[Answered]) -> dict[str, float]:
+def facts_kept(rows: Sequence[Answered]) -> dict[str, float]:
     """Share of the base's right facts that the merged model also gets right: facts_kept, facts_kept_en, …"""
     known = [row for row in rows if row.section == "facts" and affirms(row.base, row.accept)]
     return rates("facts_kept", ((row.language, affirms(row.merged, row.accept)) for row in known))
@@ -98,13 +98,13 @@ def summarise(
     """All metrics: {'base': {…}, 'merged': {…}, 'facts_kept': …, 'control_perplexity_ratio': merged / base}."""
     metrics: dict[str, Any] = {}
     for model in MODELS:
-        metrics[model] = of_model(rows, model, identity)
+        metrics[model] = metrics_of(rows, model, identity)
         if not math.isnan(losses[model]["held_out"]):
             metrics[model]["identity_loss"] = losses[model]["held_out"]
         if not math.isnan(losses[model]["control"]):
             metrics[model]["control_loss"] = losses[model]["control"]
             metrics[model]["control_perplexity"] = perplexity(losses[model]["control"])
-    metrics |= kept(rows)
+    metrics |= facts_kept(rows)
     if "control_perplexity" in metrics["base"]:
         metrics["control_perplexity_ratio"] = perplexity(losses["merged"]["control"] - losses["base"]["control"])
     return metrics

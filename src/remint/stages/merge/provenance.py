@@ -50,7 +50,9 @@ def verify(folder: Path) -> None:
         kinds = statement["_type"], statement["predicateType"]
         described = {str(subject["name"]): subject["digest"]["sha256"] for subject in statement["subject"]}
     except (KeyError, TypeError) as error:
-        raise ArtefactError(f"{path}: is no in-toto statement ({error!r}); run `dvc repro` to make it again") from None
+        raise ArtefactError(
+            f"{path}: is not an in-toto statement ({error!r}); run `dvc repro` to make it again"
+        ) from None
     if kinds != (_STATEMENT, _PREDICATE):
         raise ArtefactError(f"{path}: must be SLSA provenance v1, got {kinds!r}; run `dvc repro` to make it again")
     present = _contents(folder)

@@ -30,8 +30,8 @@ def rewrite(source: Path, target: Path, change: Change, dtype: torch.dtype | Non
     The tensors are written in `dtype`, or each in its own if that is None. `change` takes a tensor's name, a range of
     its rows and these rows. It gets all rows at once if `whole(name)` is true, else a few megabytes of them.
 
-    safetensors can only read and write complete tensors and shards; the bytes written here are the same. As many
-    threads as torch uses process such pieces in parallel, so that the cores work while the disk is busy.
+    The bytes are the same as those of safetensors, which can only write complete shards. As many threads as torch uses
+    process the pieces in parallel, so that the cores work while the disk is busy.
 
     Raises ArtefactError if the shard is unreadable or becomes shorter meanwhile.
     """

@@ -48,9 +48,9 @@ def run(runtime: Runtime, merge: Merge, paths: Paths, log: Log, dependencies: Ma
     here = {"settings": {"runtime": asdict(runtime), "merge": asdict(merge)}, "dependencies": dict(dependencies)}
     with manifest.artefact(paths.model, "model") as (draft, made):
         size = write_merged(paths.base, tensors, lora, quantization, dtype, draft)
-        _copy_frame(paths, draft, merge.dtype)
+        _copy_config_and_tokenizer(paths, draft, merge.dtype)
         proof = _prove(paths, draft, quantization)
-        _judge(proof, merge, paths.model)
+        _check_closeness(proof, merge, paths.model)
         (draft / "README.md").write_text(card(facts, base, asdict(merge), proof), encoding="utf-8")
         provenance.write(draft, base, dataset, {**facts["made_by"], "merge": here})
         made.update(
@@ -69,7 +69,7 @@ def run(runtime: Runtime, merge: Merge, paths: Paths, log: Log, dependencies: Ma
     )
 
 
-def _copy_frame(paths: Paths, draft: Path, dtype: str) -> None:
+def _copy_config_and_tokenizer(paths: Paths, draft: Path, dtype: str) -> None:
     """Copy everything but the weights. The template comes from the adapter, which was trained with it."""
     for name in _COPIED:
         shutil.copyfile(paths.base / name, draft / name)
@@ -93,6 +93,7 @@ def _prove(paths: Paths, draft: Path, quantization: Quantization | None) -> Clos
 
 
 def _documents(paths: Paths, draft: Path) -> list[Document]:
+    """At most _PROOF_DOCUMENTS conversations, spread over the two held-out sets."""
     rows: list[dict[str, Any]] = []
     for name in ("held_out", "control"):
         found = template.read_conversations(paths.dataset / f"{name}.jsonl")
@@ -101,7 +102,8 @@ def _documents(paths: Paths, draft: Path) -> list[Document]:
     return encode(loading.load_tokenizer(draft), template.load(draft), rows)
 
 
-def _judge(proof: Closeness, merge: Merge, target: Path) -> None:
+def _check_closeness(proof: Closeness, merge: Merge, target: Path) -> None:
+    """Raise ArtefactError if the merged model differs more from base + adapter than the settings allow."""
     faults = []
     # `not <=` also refuses NaN, which compares false with everything.
     if not proof.mean_divergence <= merge.max_divergence:

@@ -33,11 +33,11 @@ def write_merged(
 ) -> int:
     """Write the merged model, sharded like the base, in `dtype` or each tensor's own. Returns its size in bytes."""
     adapted = adapter.adapted_layers(shards.shapes(base), lora.targets)
-    linears = _linear_names(base)
+    quantized = _linear_names(base)
 
     def is_rounded(name: str) -> bool:
         # Such a tensor is processed at once: double quantization takes a mean over all of it.
-        return quantization is not None and name.endswith(".weight") and name.removesuffix(".weight") in linears
+        return quantization is not None and name.endswith(".weight") and name.removesuffix(".weight") in quantized
 
     def merged(name: str, rows: slice, weight: torch.Tensor) -> torch.Tensor:
         layer = name.removesuffix(".weight")

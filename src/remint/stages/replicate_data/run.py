@@ -20,6 +20,7 @@ from remint.stages.replicate_data.settings import ReplicateData
 # A progress bar for each small file would only be noise.
 datasets.disable_progress_bars()
 
+# The settings that name source files, each with the kind of its records.
 _USES = {"identity": "identity", "identity_held_out": "identity", "control": "control", "control_held_out": "control"}
 
 
@@ -75,7 +76,7 @@ def _load(names: Sequence[str], kind: str, identity: Identity, source: Path) -> 
     faults: list[str] = []
     for name in names:
         try:
-            outside = not Path(name).resolve().is_relative_to(source.resolve())  # also through a link
+            outside = not Path(name).resolve().is_relative_to(source.resolve())  # follows links
             if source not in Path(name).parents or ".." in Path(name).parts or outside:
                 raise DataError(f"{name}: must be in {source}, where DVC tracks changes; move the file there")
             found += records.build(formats.read(Path(name)), kind, identity, name)
@@ -87,7 +88,7 @@ def _load(names: Sequence[str], kind: str, identity: Identity, source: Path) -> 
 
 
 def _write(unique: Sequence[Record], order: Sequence[int] | np.ndarray, path: Path) -> None:
-    """Write the rows in the given order. Each record is serialised once; its copies are row numbers until then."""
+    """Write the rows in the given order. Each record is serialised once, and its line is written for each copy."""
     if not unique:
         path.touch()
         return

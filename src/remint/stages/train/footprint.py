@@ -52,10 +52,10 @@ def needed(config: Mapping[str, Any], train: Train) -> int | None:
     is_packed = train.quantization.kind != "none" and train.quantization.dequantize == "each_use"
     scale = (1 + 4 / 256 if train.quantization.double else 4) / train.quantization.block_size
     weights, scratch = (linear * (0.5 + scale), matrices) if is_packed else (matrices, 0)
-    lows = size * rank * sum(into * count for into, _, count in products)
+    scaled_a = size * rank * sum(into * count for into, _, count in products)
     layers = config["num_hidden_layers"]
     embeddings = size * config["vocab_size"] * hidden * (1 if config.get("tie_word_embeddings") else 2)
-    fixed = embeddings + scratch + layers * (weights + lows + 16 * adapter)
+    fixed = embeddings + scratch + layers * (weights + scaled_a + 16 * adapter)
 
     tokens = train.micro_batch * train.max_length
     kept = size * (2 * hidden + 2 * queries + 2 * values + 2 * inner + 7 * rank) + 4 * heads + 8

@@ -1,4 +1,7 @@
-"""The training loop: seed, forward and backward of each micro-batch, clip, optimizer step, report. `train_steps` is all of it."""
+"""The training loop. `train_steps` is all of it.
+
+An optimizer step: set the seed, run forward and backward of each micro-batch, clip the gradients, update, report.
+"""
 
 import contextlib
 import math
@@ -34,15 +37,17 @@ def train_steps(
     watcher: "Watcher",
     group: ProcessGroup,
 ) -> None:
-    """Run the optimizer steps that `batches` still holds, and report each to `watcher`.
+    """Run the optimizer steps that remain in `batches`, and report each to `watcher`.
 
-    `optimizer` is torch's fused AdamW: it reads `found_inf` on the device. The watcher has to await the last step.
+    `optimizer` must be torch's fused AdamW, which reads `found_inf` on the device. `watcher` must await the last
+    step, or it would not be reported. Raises RemintError if a loss or gradient norm is not finite.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     device = trained[0].device
     loader = DataLoader(batches, batch_size=None, num_workers=workers(), pin_memory=device.type == "cuda")
     micro_batches = iter(loader)
-    # Scales the loss so that small float16 gradients do not vanish. Its factors are powers of two, so nothing is rounded.
+    # Scales the loss so that small float16 gradients do not vanish. The factors are powers of two, so scaling rounds
+    # nothing.
     scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "float16")
     step_sum = StepSum(group, trained) if group.size > 1 else None
     reports = _Reports(watcher, device)
@@ -72,7 +77,7 @@ def train_steps(
 
 
 def _backward(model: SupervisedLoss, batch: Batch, settings: Train, scaler: torch.amp.GradScaler) -> torch.Tensor:
-    """Forward and backward pass of one micro-batch; returns its part of the step's loss (nats a supervised token).
+    """Forward and backward pass of one micro-batch. Returns its part of the step's loss (nats per supervised token).
 
     `weight` makes the loss of a step a mean over its supervised tokens: the weights of all its tokens add up to one.
     """
@@ -95,9 +100,10 @@ def _shared(
     step_sum: StepSum,
     group: ProcessGroup,
 ) -> torch.Tensor:
-    """The `count` micro-batches of a step, one for each process at a time; the gradients are those of one process.
+    """Compute the `count` micro-batches of a step, which the processes take in turn. Returns the step's loss.
 
-    Between its own micro-batches, a process draws the dropout seeds of the others' micro-batches.
+    Loss and gradients have the same bits as in a single process. For the same dropout masks, a process also draws the
+    seeds of the micro-batches that the others compute.
     """
     model.skip(group.rank)
     for first in range(0, count, group.size):
@@ -115,10 +121,10 @@ def autocast(settings: Train, device: torch.device) -> AbstractContextManager[No
 
 @dataclass(frozen=True)
 class Finished:
-    """One optimizer step's numbers; `step` counts from 1, loss is nats per supervised token.
+    """The numbers of one optimizer step. `step` counts from 1; `loss` is in nats per supervised token.
 
-    `seconds` is the time since the end of the step before, without the time that the watcher took. `is_latest`: no later
-    step has begun, so the weights are those of this step.
+    `seconds` is the time since the end of the previous step, without the time that the watcher took. `is_latest` means
+    that no later step has begun, so the model has the weights of this step.
     """
 
     step: int
@@ -130,17 +136,20 @@ class Finished:
 
 
 class Watcher(Protocol):
-    """Receives the steps."""
+    """Receives the numbers of each optimizer step."""
 
     def awaits(self, step: int) -> bool:
-        """Whether the next step has to wait until `record` was called for this one."""
+        """Whether the next step must not begin before `record` has returned for this one."""
 
     def record(self, finished: Finished) -> None:
-        """Note a step; each comes once, in order. May raise, which ends the training."""
+        """Record one step. It is called once per step, in order. An exception ends the training."""
 
 
 class _Reports:
-    """Hands finished steps to the watcher. On a GPU a step is launched before the numbers of the step before are read."""
+    """Reports finished steps to the watcher.
+
+    On a GPU, the next step is launched before the numbers of this one are read. Otherwise the GPU would be idle.
+    """
 
     def __init__(self, watcher: Watcher, device: torch.device):
         self._watcher, self._on_gpu, self._runs_ahead = watcher, device.type == "cuda", _runs_ahead(device)
@@ -148,7 +157,10 @@ class _Reports:
         self._begun = _Mark(self._on_gpu)
 
     def add(self, step: int, lr: float, numbers: torch.Tensor) -> None:
-        """Take a step's loss and gradient norm; report every step but this one, and this one too if nothing may run ahead."""
+        """Take a step's loss and gradient norm (`numbers`), and report the steps before it.
+
+        The step itself is reported now on a CPU or if the watcher awaits it, else together with the next one.
+        """
         self._pending.append(_Numbers(step, lr, numbers, self._begun))
         self._begun = self._pending[-1].ended
         left = 1 if self._runs_ahead and not self._watcher.awaits(step) else 0
@@ -159,12 +171,12 @@ class _Reports:
 
 
 def _runs_ahead(device: torch.device) -> bool:
-    """Whether a step is computed while the host does something else."""
+    """Whether the device computes a step while the host already launches the next one."""
     return device.type == "cuda"
 
 
 class _Mark:
-    """A point in time: on a GPU the moment when its stream gets there, else the host's clock."""
+    """A point in time: on a GPU the moment when its stream reaches this point, else the host's clock."""
 
     def __init__(self, on_gpu: bool):
         self._event = torch.cuda.Event(enable_timing=True) if on_gpu else None
@@ -189,7 +201,7 @@ class _Numbers:
         self._begun, self.ended = begun, _Mark(numbers.is_cuda)
 
     def finished(self, is_latest: bool) -> Finished:
-        """Wait for them. Raises RemintError if one is not finite."""
+        """Wait for the numbers and return them. Raises RemintError if one is not finite."""
         seconds = self.ended.seconds_since(self._begun)
         loss, norm = self._numbers.tolist()
         for name, value in (("loss", loss), ("gradient norm", norm)):
@@ -202,7 +214,10 @@ class _Numbers:
 
 
 def workers() -> int:
-    """Processes that prepare batches: $REMINT_WORKERS, 0 if unset. They change only the speed, so it is no setting."""
+    """Number of processes that prepare batches: $REMINT_WORKERS, or 0 if unset.
+
+    It changes only the speed, so it is not in params.yaml. Raises SettingsError if it is not between 0 and 99.
+    """
     given = os.environ.get("REMINT_WORKERS") or "0"
     if not (given.isdecimal() and len(given) <= 2):
         raise SettingsError(f"REMINT_WORKERS: must be between 0 and 99, {got(given)}; unset it to use none")
@@ -211,10 +226,10 @@ def workers() -> int:
 
 @contextlib.contextmanager
 def stop_signals(alone: bool = True) -> Iterator[Sequence[int]]:
-    """A list that SIGTERM and SIGINT append their number to; a second signal ends the process at once.
+    """Yield a list to which SIGTERM and SIGINT append their number. A second signal ends the process at once.
 
-    A process that is not `alone` ignores a second signal: one signal to all processes may reach it twice. The process that
-    started it ends it.
+    A process that is not `alone`, but one of several, ignores a second signal: a signal sent to all processes may reach
+    it twice. The process that started it ends it.
     """
     received: list[int] = []
 

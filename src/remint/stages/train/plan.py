@@ -58,9 +58,9 @@ def lr_factor(step: int, steps: int, warmup_ratio: float, schedule: str) -> floa
 
 
 class Batches(Dataset[Batch]):
-    """The micro-batches that process `rank` of world size `size` computes, from a step on, as batches for the model.
+    """The micro-batches that process `rank` of world size `size` computes from `first_step` on, as batches.
 
-    The processes take turns with the plan's micro-batches, and all get the same number. A process that has none left in
+    The processes take the plan's micro-batches in turn, and all get the same number. A process that has none left in
     the last step gets the plan's last micro-batch again, with weight 0.
 
     `weight` is 1 / supervised tokens of the entire optimizer step, so every token counts the same in any micro-batch.

@@ -13,10 +13,11 @@ import torch.distributed as dist
 from remint.core.errors import SettingsError, Stopped
 from remint.core.launch import LOST
 
-# torchrun's variables for a process. transformers reads some of them when it loads a model or generates, and would take them
-# for an order to divide the model; here each process holds all of it.
+# torchrun's variables for a process. transformers reads some of them when it loads a model or generates, and would then
+# split the model. Here, each process holds the complete model.
 _PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-# A process may wait long while another one measures or answers. `runner/workers.py` notices when one has ended.
+# A process may wait long while another one evaluates or generates samples, so this timeout must not end it.
+# `runner/workers.py` detects a process that has ended.
 _PATIENCE = timedelta(days=7)
 
 
@@ -32,11 +33,11 @@ class ProcessGroup:
         return self.rank == 0
 
     def agreed(self, number: int) -> int:
-        """The largest `number` of all processes; every process gets it."""
+        """The largest `number` that any process passes. Every process must call this, and gets the same result."""
         return int(self._reduced(torch.tensor(number), dist.ReduceOp.MAX))
 
     def map(self, compute: Callable[[Any], float], items: Sequence[Any]) -> list[float]:
-        """`compute` of each item, in the order of the items; the processes share the work."""
+        """The results of `compute` for each item, in order. The processes share the work; each gets all results."""
         values = torch.zeros(len(items), dtype=torch.float64)
         for index in range(self.rank, len(items), self.size):
             values[index] = compute(items[index])
@@ -53,9 +54,9 @@ class StepSum:
     """The gradients and the loss of one optimizer step, summed over micro-batches in the order of the plan.
 
     The same numbers added in the same order give the same bits; an all-reduce adds them in an order of its own. So each
-    process owns one part of the gradients. It collects that part of every micro-batch (all-to-all), adds them one after the
-    other, and the finished parts are exchanged at the end (all-gather). A micro-batch costs each process half the traffic of
-    an all-reduce.
+    process owns one part of the gradients. It collects that part of every micro-batch (all-to-all) and adds them one
+    after the other. At the end, the processes exchange the finished parts (all-gather). A micro-batch costs each
+    process half the traffic of an all-reduce.
     """
 
     def __init__(self, group: ProcessGroup, parameters: Sequence[torch.nn.Parameter]):
@@ -67,7 +68,10 @@ class StepSum:
         self._part: torch.Tensor | None = None
 
     def add(self, loss: torch.Tensor, present: int) -> None:
-        """Add one micro-batch of each process and clear the gradients. Only the first `present` processes had one left in the step."""
+        """Add the gradients and the loss of one micro-batch of each process, then clear the gradients.
+
+        Only the first `present` processes had a micro-batch left in this step; those of the others are ignored.
+        """
         mine = [parameter.grad for parameter in self._parameters]
         gradients = [gradient.flatten() for gradient in mine if gradient is not None]
         torch.cat([*gradients, loss[None]], out=self._sent[: sum(self._sizes)])
@@ -79,7 +83,7 @@ class StepSum:
             parameter.grad = None
 
     def finish(self) -> torch.Tensor:
-        """Set the gradients of the parameters to the sums; returns the summed loss."""
+        """Set the gradients of the parameters to the sums. Returns the summed loss."""
         assert self._part is not None
         with _together():
             dist.all_gather_single(self._received, self._part)
@@ -92,7 +96,7 @@ class StepSum:
 
 @contextlib.contextmanager
 def joined(processes: int, device: torch.device) -> Iterator[ProcessGroup]:
-    """Join the processes that were started together. Raises SettingsError if their number is not `processes`."""
+    """Yield the group of the processes that were started together. Raises SettingsError if they are not `processes`."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size != processes:
         raise SettingsError(
@@ -114,7 +118,7 @@ def joined(processes: int, device: torch.device) -> Iterator[ProcessGroup]:
 
 @contextlib.contextmanager
 def _together() -> Iterator[None]:
-    """Turn a failed exchange into one line: another process has ended, and its own message says why. Raises Stopped."""
+    """Raise Stopped if a communication fails: another process has ended, and it reports the reason itself."""
     try:
         yield
     except RuntimeError as error:

@@ -1,4 +1,7 @@
-"""Train the adapter with QLoRA. The run can be killed at any moment; the same command continues it and ends in the same bytes."""
+"""Train the adapter with QLoRA.
+
+The run can be killed at any moment. The same command continues it, and the result has the same bytes.
+"""
 
 import contextlib
 import json
@@ -36,7 +39,10 @@ def run(
     fingerprint: str,
     dependencies: Mapping[str, str],
 ) -> None:
-    """Make the artefact `checkpoint`: the last and the best resumable steps, loss history, samples, template, manifest."""
+    """Make the artefact `checkpoint`: the last steps and the best one, loss history, samples, template, manifest.
+
+    Raises Stopped if a signal ends the run early; the same command continues it.
+    """
     determinism.apply(runtime)
     origin = {
         "fingerprint": fingerprint,
@@ -91,7 +97,7 @@ def _open(
     fingerprint: str,
     group: ProcessGroup,
 ) -> Session:
-    """Load and prepare everything that a run needs before its first step."""
+    """Load and prepare everything that a run needs before its first step. Returns the session."""
     loop.workers()  # reports a wrong REMINT_WORKERS before the model is loaded
     tokenizer = loading.load_tokenizer(paths.base)
     conversation = template.load(paths.base).with_system(train.system)

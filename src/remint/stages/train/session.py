@@ -58,7 +58,10 @@ class Session:
     bar: Any = None
 
     def restore(self) -> int:
-        """Continue from the newest complete checkpoint, if there is one; returns the number of finished steps."""
+        """Continue from the newest complete checkpoint, if there is one. Returns the number of finished steps.
+
+        Raises ArtefactError if there are checkpoints, but none can be used.
+        """
         # One process looks for it and cleans up; the others read what it found.
         found = checkpoint.load_newest(self.store, self.conditions) if self.group.leads else None
         step = self.group.agreed(found.step if found else -1)
@@ -90,7 +93,7 @@ class Session:
         return Batches(self.documents["train"], self.plan, done, self.group.rank, self.group.size)
 
     def token_counts(self) -> dict[str, int]:
-        """All tokens and supervised tokens of one pass over the training rows, and packed rows of the entire run."""
+        """Tokens and supervised tokens of one epoch, and rows of the entire run."""
         documents = self.documents["train"]
         return {
             "all": sum(len(document.ids) for document in documents),
@@ -99,7 +102,7 @@ class Session:
         }
 
     def begin(self, done: int) -> None:
-        """Open the progress bar. Before the first step, measure and sample the untrained model."""
+        """Open the progress bar and log the recorded steps. Before the first step, evaluate the untrained model."""
         self.bar = tqdm(
             total=self.plan.steps,
             initial=done,
@@ -112,15 +115,18 @@ class Session:
             self.log({key: value for key, value in row.items() if key != "step"}, int(row["step"]))
         if done == 0:
             if self.group.leads:
-                tqdm.write("train: measuring the base before the first step")
+                tqdm.write("train: evaluating the base before the first step")
             self._measure({"step": 0})
 
     def awaits(self, step: int) -> bool:
-        """Whether this step's weights will be measured or saved, or a signal came: the next step must not change them first."""
+        """Whether this step's weights will be evaluated or saved, or a signal arrived.
+
+        Then the next step must not begin, because it would change the weights.
+        """
         return bool(self.group.agreed(len(self.signals))) or self._is_due(step)
 
     def record(self, finished: Finished) -> None:
-        """Record one step; measure, sample and save when they are due; stop here if a signal came."""
+        """Record one step. Evaluate and save the model when that is due. Raises Stopped if a signal arrived."""
         row = {"step": finished.step, "loss": finished.loss, "lr": finished.lr, "grad_norm": finished.grad_norm}
         speed = self.plan.tokens(finished.step - 1) / max(1e-9, finished.seconds)
         self.bar.set_postfix(
@@ -129,9 +135,12 @@ class Session:
         self.bar.update()
         self.log({"tokens_per_second": speed}, finished.step)
         last = finished.step == self.plan.steps
-        # A thread writes the tensors, the largest part of a checkpoint, while its losses and answers are computed.
+        # A thread writes the tensors, the largest part of a checkpoint, while this one evaluates the model.
         draft = self._draft(finished.step) if self._is_due(finished.step) else None
-        (self._measure if last or finished.step % self.train.eval_steps == 0 else self._note)(row)
+        if last or finished.step % self.train.eval_steps == 0:
+            self._measure(row)
+        else:
+            self._note(row)
         signal = self.group.agreed(self.signals[0] if self.signals else 0) if finished.is_latest else 0
         stopping = bool(signal) and not last
         if stopping and draft is None:
@@ -150,7 +159,7 @@ class Session:
         self.log({key: value for key, value in row.items() if key != "step"}, int(row["step"]))
 
     def _measure(self, row: dict[str, float]) -> None:
-        """Held-out loss of the present adapter, and its answers to the sample prompts."""
+        """Record the step with the held-out loss of the present adapter, and its answers to the sample prompts."""
         step = int(row["step"])
         held_out, control = self.documents["held_out"], self.documents["control"]
         with autocast(self.train, next(self.model.parameters()).device):

@@ -1,4 +1,4 @@
-"""The section `train` of params.yaml; the comments there explain each value."""
+"""The `train` section of params.yaml; the comments there explain each value."""
 
 from dataclasses import dataclass
 
