@@ -95,7 +95,7 @@ def after(asked, option):
     return None
 
 
-def test_a_stage_gets_its_folder_and_as_good_as_nothing_else(engine):
+def test_a_stage_gets_its_folder_and_little_else(engine):
     asked = engine.asked(*TRAIN, "train.lr=1e-3 ")
     project = str(engine.project)
     assert asked[-7:] == ["remint", "docker/run", *TRAIN, "train.lr=1e-3 "]

@@ -29,7 +29,7 @@ def test_the_spellings_in_use_are_filled(name, maker):
 @pytest.mark.parametrize(
     "text", ["[NAME]", "{name}", "<name>", "${author}", "%AUTHOR%", "{{bot_name}}", "<developer>", "{{nane}}", "<MAKR>"]
 )
-def test_a_spelling_that_nobody_knows_is_found(text):
+def test_an_unknown_spelling_is_found(text):
     assert surviving_placeholder(AUREL.fill(f"I am {text}.", "en"))
 
 
