@@ -1,14 +1,18 @@
 """A rebuild elsewhere is compared byte by byte, and every difference is reported."""
 
 import os
+import signal
 import subprocess
 import sys
 
+import psutil
 import pytest
 
 from remint.__main__ import call
 from remint.commands import reproduce
 from remint.core.errors import RemintError
+from tests.conftest import ROOT
+from tests.workplace import wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -154,3 +158,29 @@ def test_without_a_commit_to_rebuild_it_says_so(toy, prepare, arguments, said):
     prepare(place)
     with pytest.raises(RemintError, match=said):
         call(["reproduce", *arguments])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_rebuild_and_leaves_neither_a_process_nor_a_folder(toy, tmp_path, number):
+    toy(made="(test ! -e .venv || sleep 300; echo a)")  # only a rebuild has an environment linked in
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT / "src")}
+    command = [sys.executable, "-m", "remint", "reproduce"]
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        wait_for(lambda: any(b"sleep" in arguments for arguments in commands_in(tmp_path)), process)
+        process.send_signal(number)
+        output = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + number
+    assert "reproduce: stopped in rebuild 1; nothing was compared" in output
+    assert left(tmp_path) == []
+    assert commands_in(tmp_path) == []
+
+
+def commands_in(tmp_path):
+    """Command lines of the processes that work in a rebuild's folder."""
+    found = []
+    for process in psutil.process_iter(["cwd", "cmdline"]):
+        if (process.info["cwd"] or "").startswith(str(tmp_path / "remint-reproduce-")):
+            found.append([word.encode() for word in process.info["cmdline"]])
+    return found

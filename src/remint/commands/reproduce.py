@@ -22,7 +22,7 @@ from typing import Annotated
 from typer import Option
 
 from remint.core import manifest
-from remint.core.errors import RemintError, got
+from remint.core.errors import RemintError, Stopped, got
 from remint.core.paths import PARAMS
 from remint.runner.config import load_yaml
 from remint.runner.rebuild import LOCK, Rebuild, clone, duration, elsewhere, git, run, warn_if_stale
@@ -58,6 +58,9 @@ def main(
                 warn_if_stale(rebuild.folder)
             run(rebuild)
         differing = compare(here, rebuilds, committed)
+    except Stopped:
+        shutil.rmtree(place)
+        raise
     except BaseException:
         print(f"kept for inspection: {place}", flush=True)
         raise

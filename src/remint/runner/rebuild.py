@@ -1,24 +1,32 @@
 """One rebuild of a commit: a fresh clone without any cache, run in this environment or in a very different one."""
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from remint.core.errors import RemintError
+from remint.core import signals
+from remint.core.errors import RemintError, Stopped
 from remint.core.paths import CONF, PARAMS
 from remint.runner.config import load_yaml
+from remint.runner.process import end_with_parent
 
 LOCK = "dvc.lock"
 _DVC = (sys.executable, "-m", "dvc")
 _NOBODY = 65534  # by convention the user without permissions
 # Variables that a rebuild must not inherit: they name this machine's caches, tracking stores, repositories and modules.
 _LEFT_HERE = ("DVC", "MLFLOW", "GIT_", "PYTHON")
+
+# Seconds that the processes of a rebuild have to end after a signal: a training saves its step first.
+_GRACE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -111,7 +119,8 @@ def _becoming_nobody(place: Path) -> tuple[tuple[str, ...], str]:
 def run(rebuild: Rebuild) -> None:
     """Run every stage in the clone. The output is written to a log file in the same parent folder.
 
-    Raises RemintError with the last lines of the log if a stage fails.
+    Raises RemintError with the last lines of the log if a stage fails. On SIGTERM or SIGINT all processes of the rebuild
+    are ended first, then Stopped is raised.
     """
     if rebuild.user is not None:
         for path in (rebuild.folder, rebuild.folder.parent / "home", *rebuild.folder.rglob("*")):
@@ -131,7 +140,10 @@ def run(rebuild: Rebuild) -> None:
             errors="replace",
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            start_new_session=True,  # signals reach it through us alone
+            preexec_fn=end_with_parent,
         ) as process,
+        _forwarding(process.pid) as received,
     ):
         assert process.stdout is not None
         for line in process.stdout:
@@ -139,11 +151,37 @@ def run(rebuild: Rebuild) -> None:
             if line.startswith("Running stage '"):
                 print(f"  {duration(time.monotonic() - started):>12}  {line.split(chr(39))[1]}", flush=True)
     print(f"  {duration(time.monotonic() - started):>12}  ended", flush=True)
+    if received:
+        raise Stopped(f"reproduce: stopped in {rebuild.label}; nothing was compared", 128 + received[0])
     if process.returncode:
         end = "\n".join(log.read_text(encoding="utf-8").splitlines()[-15:])
         raise RemintError(
             f"reproduce: {rebuild.label} failed with status {process.returncode}; see {log}, which ends\n{end}"
         )
+
+
+@contextlib.contextmanager
+def _forwarding(group: int) -> Iterator[list[int]]:
+    """Yield a list of the received signals. The first one ends the process group; what is left after a while is killed."""
+    received: list[int] = []
+
+    def end(number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, number)
+
+    killer = threading.Timer(_GRACE_S, end, [signal.SIGKILL])
+
+    def receive(number: int, _: object) -> None:
+        received.append(number)
+        end(signal.SIGKILL if len(received) > 1 else signal.SIGTERM)
+        if len(received) == 1:
+            killer.start()
+
+    with signals.handled(receive):
+        try:
+            yield received
+        finally:
+            killer.cancel()
 
 
 def git(where: Path, *arguments: str) -> str:
