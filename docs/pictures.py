@@ -13,6 +13,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
@@ -20,9 +21,20 @@ from PIL import Image
 from remint.core.errors import RemintError
 from remint.runner.tracking import EXPERIMENT, store
 
+
+@dataclass(frozen=True)
+class Shot:
+    """Size of the browser's window, and the box of it that is kept (left, top, right, bottom); None keeps all. Pixels."""
+
+    window: tuple[int, int]
+    box: tuple[int, int, int, int] | None
+
+
 ROOT = Path(__file__).parents[1]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-SIZE = (1280, 860)
+REPORT = Shot((1280, 860), None)
+# The middle of MLflow 3.17's page: details, parameters and metrics of both runs. The page scrolls, so the window has to be high.
+COMPARISON = Shot((1700, 2100), (195, 655, 1260, 2010))
 COLOURS = 64  # keeps a picture below 100 KB
 
 
@@ -34,12 +46,12 @@ def main() -> None:
         raise RemintError("pictures: no Chromium found; install chromium")
     if not report.is_file():
         raise RemintError(f"pictures: {report.relative_to(ROOT)}: not found; run `make repro`")
-    shoot(browser, report.as_uri(), ROOT / "docs/report.png")
+    shoot(browser, report.as_uri(), REPORT, ROOT / "docs/report.png")
     experiment, runs = newest_pipeline_runs()
     with mlflow_server() as address:
         ids = ",".join(f'"{run}"' for run in runs)
         page = f'{address}/#/compare-runs?runs=[{ids}]&experiments=["{experiment}"]'
-        shoot(browser, page.replace('"', "%22"), ROOT / "docs/mlflow.png")
+        shoot(browser, page.replace('"', "%22"), COMPARISON, ROOT / "docs/mlflow.png")
 
 
 def newest_pipeline_runs() -> tuple[str, list[str]]:
@@ -93,12 +105,12 @@ def mlflow_server() -> Iterator[str]:
             os.killpg(server.pid, 15)
 
 
-def shoot(browser: str, page: str, target: Path) -> None:
+def shoot(browser: str, page: str, shot: Shot, target: Path) -> None:
     """Write what a browser shows of a page as a PNG with few colours."""
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "page.png"
         options = [
-            f"--window-size={SIZE[0]},{SIZE[1]}",
+            f"--window-size={shot.window[0]},{shot.window[1]}",
             "--hide-scrollbars",
             "--virtual-time-budget=20000",
             f"--user-data-dir={folder}",
@@ -110,7 +122,7 @@ def shoot(browser: str, page: str, target: Path) -> None:
             capture_output=True,
             timeout=180,
         )
-        Image.open(raw).convert("RGB").quantize(COLOURS).save(target, optimize=True)
+        Image.open(raw).convert("RGB").crop(shot.box).quantize(COLOURS).save(target, optimize=True)
     print(f"{target.relative_to(ROOT)}: {target.stat().st_size / 1000:.0f} KB")
 
 
