@@ -10,8 +10,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,34 +73,20 @@ def newest_pipeline_runs() -> tuple[str, list[str]]:
 
 @contextlib.contextmanager
 def mlflow_server() -> Iterator[str]:
-    """MLflow's server on a free port of loopback; its address."""
+    """`remint ui` on a free port; yields its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "server",
-        "--backend-store-uri",
-        store(),
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-    ]
-    with subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    ) as server:
+    command = [sys.executable, "-m", "remint", "ui", "--port", str(port)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
         try:
-            for _ in range(120):
-                with contextlib.suppress(OSError):
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                    break
-                time.sleep(0.5)
+            assert server.stdout is not None
+            # MLflow's own lines come first; `remint ui` prints this one once the server answers.
+            if not any(line.startswith("the runs: ") for line in server.stdout):
+                raise RemintError("pictures: MLflow's server did not start; see its message above")
             yield f"http://127.0.0.1:{port}"
         finally:
-            os.killpg(server.pid, 15)
+            server.terminate()
 
 
 def shoot(browser: str, page: str, shot: Shot, target: Path) -> None:
