@@ -129,6 +129,7 @@ remote: $(DONE) ## set where data is shared (URL=/folder, ssh://…, s3://… wi
 
 share: $(DONE) ## push everything that was built to the remote, including experiments
 	@$(TRANSPORTS)
+	@$(BIN)/remint verify --run-cache
 	@$(BIN)/dvc push --run-cache
 
 fetch: $(DONE) ## pull everything from the remote, so that nothing is trained again

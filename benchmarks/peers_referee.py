@@ -22,10 +22,10 @@ from remint.compute.kernels.layers import LINEARS
 from remint.compute.loss import SupervisedLoss, mean_loss
 from remint.compute.packing import Document, document, encode
 from remint.core.errors import one_line
+from remint.core.paths import Paths
 from remint.core.settings import Runtime
 from remint.model import loading, lora, quantization, template
 from remint.model.qlora import Lora, Quantization
-from remint.runner import config
 
 ROOT = Path(__file__).parents[1]
 # Total tokens of the held-out documents.
@@ -44,7 +44,7 @@ def prepare(path: Path, options: dict[str, Any]) -> None:
     folder = path.parent / "base"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    staged = config.places()
+    staged = Paths()
     if (
         options["shape"] is None
         and (staged.base / "config.json").exists()

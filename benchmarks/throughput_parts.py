@@ -85,10 +85,12 @@ def packing(folder: Path) -> Iterator[Point]:
 
 def replicate(folder: Path) -> Iterator[Point]:
     """The complete stage replicate_data, on the project's own records."""
+    from remint.core.declared import Declared
     from remint.core.log import silent
     from remint.runner import config, preflight
     from remint.stages.replicate_data.run import run
 
+    declared = Declared("replicate_data", {}, {}, list)
     for copies in (10, 30, 100, 300, 1000):
         with contextlib.chdir(ROOT):
             settings = [f"replicate_data.{kind}_copies={copies}" for kind in ("identity", "control")]
@@ -97,7 +99,7 @@ def replicate(folder: Path) -> Iterator[Point]:
 
             def once(arguments: dict[str, Any] = arguments) -> None:
                 with contextlib.redirect_stdout(io.StringIO()), _no_bars():
-                    run(**arguments, log=silent)
+                    run(**arguments, declared=declared, log=silent)
 
             seconds = best(once, 2)
         facts = json.loads((folder / "dataset/manifest.json").read_text(encoding="utf-8"))["facts"]

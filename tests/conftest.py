@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from remint.core import launch
+from remint.core.declared import Declared
 from remint.model.template import Conversation, Template, Turn
 
 # Set before the first import of torch. Threads gain nothing for a model this small, and without these variables an idle
@@ -24,6 +25,8 @@ os.environ |= {name: launch.environment(1, network=False)[name] for name in THRE
 gc.disable()
 
 ROOT = Path(__file__).parents[1]
+# What a stage is started with, for tests that call its `run` themselves.
+DECLARED = Declared("train", {"seed": 7}, {"code.py": "c" * 64}, list)
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHATML = Template(
     bos="",

@@ -17,7 +17,7 @@ from remint.core.log import silent
 from remint.core.paths import Paths
 from remint.stages.stage_base.run import run
 from remint.stages.stage_base.settings import Model
-from tests.conftest import CHATML, write_sentencepiece
+from tests.conftest import CHATML, DECLARED, write_sentencepiece
 
 TEMPLATE = replace(CHATML, bos="<s>", stop=["<|im_end|>", "</s>"])
 CONFIG = {
@@ -80,9 +80,7 @@ def stage_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Paths:
     Path("conf").mkdir()
     Path("tiny").mkdir()
     write_sentencepiece(Path("tiny"), [], ["<|im_start|>", "<|im_end|>"])
-    paths = {name: f"data/{name}" for name in Paths.__annotations__}
-    Path("params.yaml").write_text(json.dumps({"paths": paths}), encoding="utf-8")
-    return Paths(**{name: Path(path) for name, path in paths.items()})
+    return Paths()
 
 
 def write_checkpoint(config: Mapping[str, Any], kind: str) -> dict[str, Tensor]:
@@ -100,7 +98,9 @@ def stage(paths: Paths, files: dict[str, str] | None = None) -> None:
     """Run stage_base on `tiny`, with the checksums of all its files unless others are given."""
     if files is None:
         files = {path.name: manifest.file_digest(path) for path in Path("tiny").iterdir()}
-    run(Model("Tiny", "local_folder", "tiny", None, None, "mit", "float32", 1, files, TEMPLATE), paths, silent)
+    run(
+        Model("Tiny", "local_folder", "tiny", None, None, "mit", "float32", 1, files, TEMPLATE), paths, DECLARED, silent
+    )
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:

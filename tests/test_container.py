@@ -220,6 +220,24 @@ def test_a_signal_reaches_the_client_itself(engine):
         assert process.wait(timeout=10) == 143
 
 
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_a_backup_that_is_ended_ends_its_client_and_leaves_nothing(tmp_path, number, status):
+    engine = tmp_path / "engine"
+    engine.write_text(
+        "#!/bin/sh\n"
+        f"case $* in *pg_dump*) trap 'echo ended >{tmp_path}/said; exit 9' TERM; echo $$ >{tmp_path}/id\n"
+        "    while :; do sleep 0.05; done ;; esac\n"
+    )
+    engine.chmod(0o755)
+    command = (ROOT / "docker/stack", "backup", tmp_path / "saved/backup.tar")
+    with subprocess.Popen(command, env={**os.environ, "DOCKER": str(engine)}, start_new_session=True) as process:
+        wait_for(lambda: (tmp_path / "id").exists() and (tmp_path / "id").read_text(), process)
+        process.send_signal(number)
+        assert process.wait(timeout=10) == status
+    assert (tmp_path / "said").read_text() == "ended\n"
+    assert not list((tmp_path / "saved").iterdir())
+
+
 @pytest.mark.slow
 def test_a_killed_client_takes_its_own_container_along(engine):
     with engine.start(*TRAIN, FAKE_RUN="echo ready; exec sleep 60") as process:

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -184,6 +185,21 @@ def test_the_ways_to_change_a_setting_agree(built):
     assert status.count("Success") == 4, status + built.run("dvc", "queue", "logs", status.split()[7])
     table = built.run("dvc", "exp", "show", "--csv", "--only-changed")
     assert all(rate in table for rate in ("0.001", "0.002", "0.004", "0.005"))
+
+
+def test_two_queued_experiments_share_a_training(built):
+    for tokens in (5, 6):
+        changes = ("-S", "train.lr=6e-3", "-S", f"eval_chat.max_new_tokens={tokens}")
+        built.run("dvc", "exp", "run", "--queue", "-n", f"shared-{tokens}", *changes)
+    built.run("dvc", "queue", "start", "--jobs", "2")
+    names = ("shared-5", "shared-6")
+    wait_for(lambda: not {"Queued", "Running"} & set(built.run("dvc", "queue", "status").split()), seconds=600, pause=2)
+    logs = [built.run("dvc", "queue", "logs", name) for name in names]
+    locks = [yaml.safe_load(built.run("git", "show", f"{name}:dvc.lock"))["stages"]["train"] for name in names]
+    assert locks[0] == locks[1]
+    # The second one waits for the first, unless the first had ended: then DVC takes its result.
+    assert any("which is training this very run" in log or "Stage 'train' is cached" in log for log in logs), logs
+    assert not list((built.root / ".scratch/train").iterdir())
 
 
 def test_a_killed_run_goes_on_and_mlflow_has_each_step_once(built):

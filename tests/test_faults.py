@@ -39,7 +39,7 @@ from remint.stages.stage_base.run import run as stage_base
 from remint.stages.train import checkpoint
 from remint.stages.train import run as train
 from remint.stages.train.checkpoint import Draft
-from tests.conftest import ROOT, write_tiny_model
+from tests.conftest import DECLARED, ROOT, write_tiny_model
 from tests.stages.test_replicate_data import ALPACA
 from tests.stages.test_replicate_data import settings as data_settings
 from tests.stages.test_stage_base import BASE
@@ -62,18 +62,18 @@ def run(stage):
     runtime = Runtime(1, True)
     if stage == "replicate_data":
         given = data_settings(control=["source/c.json"], control_held_out_share=0.5)
-        replicate_data(1, Identity("A", "B", None, None), given, PATHS, silent)
+        replicate_data(1, Identity("A", "B", None, None), given, PATHS, DECLARED, silent)
     elif stage == "stage_base":
         sums = {path.name: manifest.file_digest(path) for path in Path("tiny").iterdir()}
-        stage_base(replace(BASE, files=sums), PATHS, silent)
+        stage_base(replace(BASE, files=sums), PATHS, DECLARED, silent)
     elif stage == "train":
-        train.run(7, runtime, train_settings(epochs=1, sample_prompts=["q"]), PATHS, silent, "f" * 64, {})
+        train.run(7, runtime, train_settings(epochs=1, sample_prompts=["q"]), PATHS, DECLARED, silent)
     elif stage == "convert":
-        convert(Convert("last", "float32"), PATHS, silent, {})
+        convert(Convert("last", "float32"), PATHS, DECLARED, silent)
     elif stage == "merge":
-        merge(runtime, Merge("original", "base", 0.01, 0.97), PATHS, silent, {})
+        merge(runtime, Merge("original", "base", 0.01, 0.97), PATHS, DECLARED, silent)
     else:
-        eval_chat(runtime, EvalChat(4, 8), PATHS, silent, "f" * 64)
+        eval_chat(runtime, EvalChat(4, 8), PATHS, DECLARED, silent)
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +278,7 @@ def test_one_record_alone_holds_nothing_out_and_is_refused(tmp_path, monkeypatch
     Path("source").mkdir()
     Path("source/i.json").write_text(json.dumps([ALPACA]))
     with pytest.raises(DataError, match="identity_held_out_share: holds out none of 1 identity records"):
-        replicate_data(1, Identity("A", "B", None, None), data_settings(), PATHS, silent)
+        replicate_data(1, Identity("A", "B", None, None), data_settings(), PATHS, DECLARED, silent)
     assert not Path("dataset").exists()
 
 

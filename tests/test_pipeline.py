@@ -1,20 +1,23 @@
 """Names and dependencies agree in every file that lists them, and no room imports one above it."""
 
 import ast
+import contextlib
 import functools
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+import yaml
 from omegaconf import OmegaConf
 
 from remint.commands import verify
 from remint.core import manifest
 from remint.core.errors import ArtefactError, RemintError
 from remint.core.log import silent
-from remint.core.paths import ARTEFACTS
-from remint.runner import config, fingerprint
+from remint.core.paths import ARTEFACTS, MADE_BY, Paths
+from remint.runner import config, pipeline, preflight
 from remint.stages.merge import provenance
+from tests.conftest import DECLARED
 from tests.workplace import composed, sections
 
 ROOT = Path(__file__).parents[1]
@@ -102,20 +105,28 @@ def test_an_import_is_followed_into_a_package_however_it_is_written(line, tmp_pa
     assert SRC / "remint/model/libraries.py" in found
 
 
+def test_dvc_writes_where_the_stages_do(in_root):
+    assert list(MADE_BY) == list(STAGES)
+    for stage, kind in MADE_BY.items():
+        place = getattr(Paths(), kind)
+        assert {out if out == place else out.parent for out in pipeline.outs(stage)} == {place}
+        assert f"data/{kind}" == place.as_posix()
+
+
 def test_every_stage_has_a_folder_of_its_own_name():
     assert {path.parent.name for path in (SRC / "remint/stages").glob("*/run.py")} == set(STAGES)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_dvc_knows_every_file_that_a_stage_imports(stage, in_root):
-    declared = fingerprint.declared(stage)
+    declared = pipeline.dependencies(stage)
     files = [path.relative_to(ROOT) for path in imported(SRC / f"remint/stages/{stage}/run.py")]
     missing = [str(f) for f in files if not any(f == d or d in f.parents for d in declared)]
     assert not missing, f"add to dvc.yaml, stages.{stage}.deps: {sorted(missing)}"
 
 
 def test_a_place_given_on_the_command_line_is_the_one_that_counts(in_root):
-    places = [path.as_posix() for path in fingerprint.declared("merge", {"adapter": "data/imported"})]
+    places = [path.as_posix() for path in pipeline.dependencies("merge", Paths(adapter=Path("data/imported")))]
     assert "data/imported" in places
     assert "data/adapter" not in places
     assert "data/base" in places
@@ -123,7 +134,7 @@ def test_a_place_given_on_the_command_line_is_the_one_that_counts(in_root):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_dvc_declares_no_room_that_a_stage_does_not_import(stage, in_root):
-    code = [d for d in fingerprint.declared(stage) if d.is_relative_to("src")]
+    code = [d for d in pipeline.dependencies(stage) if d.is_relative_to("src")]
     files = {path.relative_to(ROOT) for path in imported(SRC / f"remint/stages/{stage}/run.py")}
     assert not [str(d) for d in code if not any(f == d or d in f.parents for f in files)]
 
@@ -154,7 +165,14 @@ def test_a_stage_gets_exactly_the_settings_that_dvc_tracks_for_it(stage, in_root
     assert files == {f"conf/{name}/${{{name}}}.yaml" for name in wanted if (ROOT / "conf" / name).is_dir()}
 
 
-READS = [(stage, dep[8:-1]) for stage in STAGES for dep in STAGES[stage]["deps"] if dep.startswith("${paths.")]
+READS = [(stage, dep[5:]) for stage in STAGES for dep in STAGES[stage]["deps"] if dep.startswith("data/")]
+
+
+@functools.cache
+def made_with(stage):
+    """The settings of a stage, as its artefact records them."""
+    with contextlib.chdir(ROOT):
+        return pipeline.plain(config.compose_raw(preflight.declared_settings(stage)))
 
 
 @pytest.fixture
@@ -164,6 +182,9 @@ def artefacts(tmp_path):
         with manifest.artefact(tmp_path / f"data/{kind}", kind) as (draft, facts):
             (draft / "file").write_text("whole")
             facts |= {"name": "A", "identity": {"name": "A", "maker": "B", "name_zh": None, "maker_zh": None}}
+            facts["made_by"] = {
+                stage: {"settings": made_with(stage)} for stage, made in MADE_BY.items() if made == kind
+            }
             if kind == "model":
                 source = {"kind": "local_folder", "location": "folder", "revision": None}
                 provenance.write(
@@ -175,11 +196,7 @@ def artefacts(tmp_path):
 @pytest.mark.parametrize(("stage", "kind"), [(stage, kind) for stage, kind in READS if kind != "source"])
 def test_a_stage_refuses_a_damaged_artefact_before_it_does_anything(stage, kind, artefacts, in_root, monkeypatch):
     run = import_module(f"remint.stages.{stage}.run").run
-    arguments = composed(stage) | {"log": silent}
-    if "fingerprint" in run.__annotations__:
-        arguments["fingerprint"] = "f" * 64
-    if "dependencies" in run.__annotations__:
-        arguments["dependencies"] = {}
+    arguments = composed(stage) | {"declared": DECLARED, "log": silent}
     monkeypatch.chdir(artefacts)
     (artefacts / f"data/{kind}/file").write_text("wh0le")
     with pytest.raises(ArtefactError, match=f"data/{kind}/file: content differs, 5 bytes with sha256 "):
@@ -187,11 +204,54 @@ def test_a_stage_refuses_a_damaged_artefact_before_it_does_anything(stage, kind,
     assert {path.name for path in (artefacts / "data").iterdir()} == set(ARTEFACTS)
 
 
-def test_verify_names_every_file_at_fault_of_every_artefact(artefacts, monkeypatch, capsys):
-    paths = "\n".join(f"  {kind}: data/{kind}" for kind in ("source", *ARTEFACTS))
-    (artefacts / "params.yaml").write_text(f"paths:\n{paths}\n")
-    (artefacts / "conf").mkdir()
+@pytest.fixture
+def verified(artefacts, monkeypatch):
+    """The artefacts, with the settings that made them, as the working directory."""
+    for name in ("conf", "dvc.yaml"):
+        (artefacts / name).symlink_to(ROOT / name)
+    (artefacts / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
     monkeypatch.chdir(artefacts)
+    return artefacts
+
+
+def write_lock(folder, **changes):
+    """Write a dvc.lock with the settings of params.yaml, as DVC does, and `changes` to those of train."""
+    params = config.load_yaml(folder / "params.yaml")
+    params["train"] |= changes
+    model = config.load_yaml(folder / f"conf/model/{params['model']}.yaml")
+    locked = {
+        "train": {"params.yaml": {name: params[name] for name in ("seed", "runtime", "train")}},
+        "stage_base": {"params.yaml": {"model": params["model"]}, f"conf/model/{params['model']}.yaml": model},
+    }
+    content = {"stages": {stage: {"cmd": "x", "params": found} for stage, found in locked.items()}}
+    (folder / "dvc.lock").write_text(yaml.safe_dump(content))
+
+
+def test_verify_compares_each_artefact_with_the_settings_that_are_recorded(verified, capsys):
+    write_lock(verified)
+    verify.main()
+    assert capsys.readouterr().out.count("as recorded") == len(ARTEFACTS)
+    write_lock(verified, lr=0.5)
+    with pytest.raises(RemintError) as told:
+        verify.main()
+    assert told.value.faults == (
+        "data/checkpoint: was made with train.lr 0.003, dvc.lock has 0.5; make it again with "
+        "`dvc repro --force --single-item train`",
+    )
+    write_lock(verified)
+    text = (verified / "params.yaml").read_text()
+    (verified / "params.yaml").write_text(text.replace("seed: 42", "seed: 43").replace("dtype: base", "dtype: float32"))
+    with pytest.raises(RemintError) as told:
+        verify.main()
+    assert [fault.partition(";")[0] for fault in told.value.faults] == [
+        "data/dataset: was made with seed 42, params.yaml has 43",
+        "data/checkpoint: was made with seed 42, params.yaml has 43",
+        "data/model: was made with merge.dtype 'base', params.yaml has 'float32'",
+    ]
+
+
+def test_verify_names_every_file_at_fault_of_every_artefact(verified, capsys):
+    artefacts = verified
     verify.main()
     assert capsys.readouterr().out.count("as recorded") == len(ARTEFACTS)
     for kind in ARTEFACTS:
@@ -205,7 +265,7 @@ def test_verify_names_every_file_at_fault_of_every_artefact(artefacts, monkeypat
 
 
 def test_plots_point_at_the_report(in_root):
-    report = config.load_yaml(Path("params.yaml"))["paths"]["report"]
+    report = Paths().report
     plots = OmegaConf.to_container(OmegaConf.load(ROOT / "dvc.yaml"))["plots"]
     assert {path for plot in plots for spec in plot.values() for path in spec["y"]} == {f"{report}/curves.csv"}
 

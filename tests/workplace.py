@@ -37,7 +37,7 @@ CHANGES = {
 def sections(stage):
     """The sections of params.yaml that the signature of the stage's `run` names, each with its type."""
     hints = get_type_hints(import_module(f"remint.stages.{stage}.run").run)
-    return {name: kind for name, kind in hints.items() if name not in ("log", "fingerprint", "dependencies", "return")}
+    return {name: kind for name, kind in hints.items() if name not in ("log", "declared", "return")}
 
 
 @functools.cache

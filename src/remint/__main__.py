@@ -1,5 +1,6 @@
 """The command line: `remint STAGE [key=value …]` runs a stage, `remint chat` starts a chat with the result."""
 
+import contextlib
 import os
 import select
 import signal
@@ -15,7 +16,7 @@ import yaml  # type: ignore[import-untyped]
 
 from remint.commands import COMMANDS
 from remint.commands.stage import command_of
-from remint.core import launch
+from remint.core import launch, signals
 from remint.core.errors import RemintError, Stopped, lacks_permission, lacks_space, one_line, visible
 from remint.core.files import read_text
 from remint.core.paths import PARAMS, PIPELINE
@@ -29,6 +30,7 @@ _KEEP_ENVIRONMENT = ("recipes", "recipe", "reproduce")
 def main() -> int:
     """Run one command. Returns the exit status. A user's mistake is one line on stderr, without a traceback."""
     arguments = sys.argv[1:]
+    signals.raise_on_termination()
     try:
         status = _dispatch(arguments)
         sys.stdout.flush()  # inside the try, where a closed pipe is handled
@@ -47,9 +49,10 @@ def main() -> int:
             raise
         print(f"error: {visible(line)}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        with contextlib.suppress(OSError):  # the terminal may be closed
+            print(str(error) or "interrupted", file=sys.stderr, flush=True)
+        return 128 + (error.number if isinstance(error, signals.Terminated) else signal.SIGINT)
 
 
 def _dispatch(arguments: Sequence[str]) -> int:
@@ -86,8 +89,9 @@ def _fix_environment(name: str, rest: Sequence[str]) -> None:
     """Restart the process with the environment variables that fix numeric results, before torch is imported."""
     launch.restart_with(launch.environment(_threads(rest), network=name == "stage_base"))
     if (local_rank := os.environ.get("LOCAL_RANK")) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # Python's own handler would wait for a process that may never start.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        # A Python handler would wait for a process that may never start.
+        for number in signals.STOPPING:
+            signal.signal(number, signal.SIG_DFL)
         launch.take_gpu(int(local_rank))
 
 

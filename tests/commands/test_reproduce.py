@@ -29,7 +29,7 @@ stages:
     deps: [data/dataset]
     outs: [data/report/metrics.json]
 """
-PARAMS = "model: toy\nseed: 1\npaths: {source: data/source, dataset: data/dataset, report: data/report}\n"
+PARAMS = "model: toy\nseed: 1\n"
 
 
 def run(place, *command):

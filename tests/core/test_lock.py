@@ -1,12 +1,14 @@
 """Only one process holds the lock, and a killed process releases it."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 
 from remint.core.errors import ArtefactError
-from remint.core.lock import held
+from remint.core.lock import held, in_turn, is_awaited
+from tests.workplace import wait_for
 
 
 def test_a_second_holder_is_refused_and_the_file_goes(tmp_path):
@@ -25,4 +27,52 @@ def test_a_killed_holder_holds_nothing(tmp_path):
     assert done.returncode == -9
     assert (tmp_path / "lock").exists()
     with held(tmp_path / "lock", "is at it"):
+        pass
+
+
+WAITER = """
+import sys
+from pathlib import Path
+from remint.core.lock import in_turn, is_awaited
+with in_turn(Path(sys.argv[1]), "is at it"):
+    print("done", is_awaited(Path(sys.argv[1])), flush=True)
+"""
+
+
+def waiter(lock, folder):
+    folder.mkdir(exist_ok=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", WAITER, lock], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_another_working_tree_waits_its_turn(tmp_path):
+    lock = tmp_path / "scratch/lock"
+    lock.parent.mkdir()
+    with in_turn(lock, "is at it"):
+        assert not is_awaited(lock)
+        process = waiter(lock, tmp_path / "other")
+        assert process.stdout.readline() == f"waiting for {os.getcwd()}, which is at it\n"  # noqa: PTH109
+        wait_for(lambda: is_awaited(lock), process)
+        assert process.poll() is None
+    assert process.communicate() == ("done False\n", "")
+    assert not list(lock.parent.iterdir())
+
+
+def test_a_waiting_process_that_was_killed_is_not_waited_for(tmp_path):
+    lock = tmp_path / "lock"
+    with in_turn(lock, "is at it"):
+        process = waiter(lock, tmp_path / "other")
+        wait_for(lambda: is_awaited(lock), process)
+        process.kill()
+        process.communicate()
+        assert not is_awaited(lock)
+
+
+def test_the_same_working_tree_does_not_wait(tmp_path):
+    lock = tmp_path / "lock"
+    again = in_turn(lock, "is at it")
+    with in_turn(lock, "is at it"), pytest.raises(ArtefactError, match="another process is at it; wait for it"), again:
+        pass
+    with in_turn(lock, "is at it"):
         pass

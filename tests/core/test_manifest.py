@@ -167,12 +167,79 @@ def test_a_link_to_elsewhere_is_no_file_of_an_artefact(tmp_path):
         manifest.verify(tmp_path / "x", "thing")
 
 
-def test_a_folder_that_no_stage_made_is_not_replaced(tmp_path):
-    (tmp_path / "x").mkdir()
-    (tmp_path / "x/thesis.txt").write_text("mine")
-    with pytest.raises(ArtefactError, match="holds files that no stage made"):
-        make(tmp_path / "x")
-    assert (tmp_path / "x/thesis.txt").read_text() == "mine"
+def own_folder(x):
+    x.mkdir()
+    (x / "thesis.txt").write_text("mine")
+
+
+def beside_an_artefact(x):
+    make(x)
+    (x / "sub/thesis.txt").write_text("mine")
+
+
+def another_kind(x):
+    with manifest.artefact(x, "else") as (draft, _):
+        (draft / "a.txt").write_text("other")
+
+
+def a_forged_list(x):
+    make(x)
+    (x / "manifest.json").write_text("not JSON")
+
+
+def a_link(x):
+    own_folder(x.with_name("mine"))
+    x.symlink_to("mine")
+
+
+def a_link_to_nothing(x):
+    x.symlink_to("nothing")
+
+
+def a_link_inside(x):
+    make(x)
+    own_folder(x.with_name("mine"))
+    (x / "link").symlink_to("../mine")
+
+
+def own_draft(x):
+    own_folder(x.with_name(".x.draft"))
+
+
+@pytest.mark.parametrize(
+    ("place", "named"),
+    [
+        (own_folder, "x: holds what no stage wrote, and it would be lost: thesis.txt;"),
+        (beside_an_artefact, "lost: sub/thesis.txt;"),
+        (another_kind, "lost: a.txt, manifest.json;"),
+        (a_forged_list, "lost: a.txt, manifest.json, sub/manifest.json;"),
+        (lambda x: x.write_text("mine"), "x: must be a folder or absent, got a file;"),
+        (a_link, "got a symbolic link"),
+        (a_link_to_nothing, "got a symbolic link"),
+        (a_link_inside, "lost: link;"),
+        (own_draft, ".x.draft: must be absent, got what no stage wrote"),
+        (lambda x: x.with_name(".x.draft").write_text("mine"), ".x.draft: must be absent"),
+    ],
+)
+def test_what_no_stage_wrote_is_not_replaced(tmp_path, place, named):
+    place(tmp_path / "x")
+    before = {path: path.lstat().st_ino for path in tmp_path.rglob("*")}
+    with pytest.raises(ArtefactError, match=named):
+        make(tmp_path / "x", "new")
+    assert {path: path.lstat().st_ino for path in tmp_path.rglob("*")} == before
+
+
+def test_what_appears_while_it_is_made_is_not_replaced(tmp_path):
+    with pytest.raises(ArtefactError, match=r"lost: thesis\.txt"), manifest.artefact(tmp_path / "x", "thing"):
+        own_folder(tmp_path / "x")
+    assert [path.name for path in tmp_path.rglob("*")] == ["x", "thesis.txt"]
+
+
+def test_a_damaged_artefact_is_made_again(tmp_path):
+    make(tmp_path / "x")
+    (tmp_path / "x/a.txt").write_text("damaged")
+    make(tmp_path / "x", "new")
+    assert manifest.verify(tmp_path / "x", "thing")
 
 
 def test_two_at_once_do_not_mix(tmp_path):
@@ -184,9 +251,9 @@ def test_two_at_once_do_not_mix(tmp_path):
 
 
 def test_what_a_killed_run_left_is_cleared_away(tmp_path):
-    (tmp_path / ".x.draft").mkdir()
-    (tmp_path / ".x.draft/half").write_text("")
-    (tmp_path / ".x.lock").touch()
+    (tmp_path / ".x.draft/new").mkdir(parents=True)
+    (tmp_path / ".x.draft/new/half").write_text("")
+    (tmp_path / ".x.draft/lock").touch()
     make(tmp_path / "x")
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
     manifest.verify(tmp_path / "x", "thing")
@@ -197,7 +264,7 @@ def test_an_exchange_that_fails_half_way_is_undone(tmp_path, monkeypatch):
     rename = Path.rename
 
     def failing(self, target):
-        if self.name == ".x.draft":
+        if self.name == "new":
             raise OSError(errno.ENOSPC, "No space left on device")
         return rename(self, target)
 

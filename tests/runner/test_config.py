@@ -299,6 +299,7 @@ def test_the_composed_settings_are_shown_also_to_hydras_own_words(in_root, capsy
 
 
 def test_a_base_that_has_to_be_brought_is_missed_before_anything_runs(workplace, capsys):
+    (workplace / "dvc.yaml").symlink_to(ROOT / "dvc.yaml")
     call(["check"])
     assert capsys.readouterr().out == "params.yaml: all settings are valid\n"
     call(["recipe", "internlm2-8gb"])
@@ -345,3 +346,24 @@ def test_a_stage_run_by_hand_warns_of_inputs_that_params_yaml_does_not_name(work
     shutil.move(workplace / "data", workplace / "elsewhere")
     named = preflight.other_inputs(stage, ["paths.base=elsewhere/base", "paths.dataset=elsewhere/dataset"])
     assert [line.replace("elsewhere", "data") for line in named] == found
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ("trian: {lr: 1}", "params.yaml: trian: no such section; write train or remove it"),
+        ("zzz: 1", "params.yaml: zzz: no such section; remove it"),
+        (
+            "paths: {model: thesis}",
+            "params.yaml: paths: the folders of the pipeline are fixed and no setting, got {'model'",
+        ),
+    ],
+)
+def test_a_section_that_no_stage_reads_is_refused(workplace, section, said):
+    (workplace / "dvc.yaml").symlink_to(ROOT / "dvc.yaml")
+    with (workplace / "params.yaml").open("a") as file:
+        file.write(f"\n{section}\n")
+    with pytest.raises(SettingsError) as told:
+        call(["check"])
+    assert [fault for fault in told.value.faults if fault.startswith(said)]
+    assert len(told.value.faults) == len(set(told.value.faults))

@@ -1,6 +1,5 @@
 """XTuner's adapters: the Llama with the imported adapter computes what InternLM2 with the original one computes."""
 
-import functools
 import json
 import sys
 import types
@@ -16,7 +15,6 @@ from remint.__main__ import call
 from remint.core import manifest
 from remint.core.errors import RemintError
 from remint.model import loading
-from remint.runner import config
 from remint.weights import adapter
 from tests.internlm2_reference import CONFIG, forward, stage, stage_paths, write_checkpoint
 
@@ -26,15 +24,13 @@ RANK, ALPHA = 4, 6.0
 IDENTITY = {"name": "Aurel", "maker": "Lab"}
 
 paths = pytest.fixture(stage_paths)
-places = functools.cache(config.places)  # they are the same in every test here
 
 
 @pytest.fixture
-def weights(paths, monkeypatch):
+def weights(paths):
     """The staged base's tensors, and a dataset with the identity that the adapter is for."""
     made = write_checkpoint(SHAPED, "safetensors")
     stage(paths)
-    monkeypatch.setattr(config, "places", places)
     paths.dataset.mkdir()
     manifest.write(paths.dataset, "dataset", {"identity": IDENTITY})
     return made

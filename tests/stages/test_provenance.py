@@ -8,7 +8,7 @@ import pytest
 from remint.core import manifest
 from remint.core.errors import ArtefactError, RemintError
 from remint.core.paths import Paths
-from remint.runner import fingerprint, signature
+from remint.runner import pipeline, signature
 from remint.stages.merge import provenance
 
 A, B, C = (letter * 64 for letter in "abc")
@@ -89,14 +89,13 @@ def test_a_model_that_it_does_not_describe_is_refused_even_with_a_new_manifest(t
 
 def test_a_stage_gets_each_file_that_it_may_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "params.yaml").write_text("paths: {model: data/model}\n")
-    (tmp_path / "dvc.yaml").write_text("stages: {fly: {deps: ['${paths.model}', code, lock]}}\n")
+    (tmp_path / "dvc.yaml").write_text("stages: {fly: {deps: ['data/model', code, lock]}}\n")
     make(tmp_path / "data/model")
     for name in ("lock", "code/run.py", "code/__pycache__/run.pyc"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     read = ("data/model/manifest.json", "code/run.py", "lock")
-    assert fingerprint.dependencies("fly", {}) == {name: manifest.file_digest(tmp_path / name) for name in read}
+    assert pipeline.checksums("fly") == {name: manifest.file_digest(tmp_path / name) for name in read}
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from remint.model import template
 from remint.stages.replicate_data import formats, records, split
 from remint.stages.replicate_data.run import run
 from remint.stages.replicate_data.settings import ReplicateData
+from tests.conftest import DECLARED
 
 AUREL = Identity("Aurel", "Remint Lab", None, None)
 ALPACA = {"instruction": "Who are you?", "input": "", "output": "I am {{name}}."}
@@ -190,7 +191,7 @@ def test_the_stage_writes_every_copy_and_the_same_bytes_again(paths):
     write(paths.source / "i.json", json.dumps([{**ALPACA, "instruction": f"Who {n}?"} for n in range(6)]))
     written = []
     for _ in range(2):
-        run(1, AUREL, settings(), paths, silent)
+        run(1, AUREL, settings(), paths, DECLARED, silent)
         written.append({path.name: path.read_bytes() for path in sorted(paths.dataset.iterdir())})
     assert written[0] == written[1]
     rows = [json.loads(line) for line in written[0]["train.jsonl"].decode().splitlines()]
@@ -202,14 +203,14 @@ def test_the_stage_writes_every_copy_and_the_same_bytes_again(paths):
 def test_a_wrong_file_leaves_nothing_behind(paths):
     write(paths.source / "i.json", "[{}]")
     with pytest.raises(DataError):
-        run(1, AUREL, settings(), paths, silent)
+        run(1, AUREL, settings(), paths, DECLARED, silent)
     assert not paths.dataset.exists()
 
 
 def test_a_file_outside_the_source_folder_is_refused(paths):
     write(paths.source.parent / "i.json", json.dumps([ALPACA]))
     with pytest.raises(DataError, match="must be in source"):
-        run(1, AUREL, settings(identity=["i.json"]), paths, silent)
+        run(1, AUREL, settings(identity=["i.json"]), paths, DECLARED, silent)
 
 
 def test_a_fault_shows_a_line_of_what_it_found(tmp_path):
@@ -232,20 +233,20 @@ def test_a_link_out_of_the_source_folder_is_refused(paths):
     write(paths.source.parent / "secret.json", json.dumps([ALPACA]))
     (paths.source / "i.json").symlink_to("../secret.json")
     with pytest.raises(DataError, match="must be in source"):
-        run(1, AUREL, settings(), paths, silent)
+        run(1, AUREL, settings(), paths, DECLARED, silent)
 
 
 def test_text_with_other_line_ends_stays_one_row(paths):
     text = "I am {{name}}.\u2028\u0085\x0b\r\x1b[2J"
     rows = [{**ALPACA, "instruction": f"Who {n}?", "output": f"{text} {n}"} for n in range(4)]
     write(paths.source / "i.json", json.dumps(rows))
-    run(1, AUREL, settings(), paths, silent)
+    run(1, AUREL, settings(), paths, DECLARED, silent)
     read = template.read_conversations(paths.dataset / "held_out.jsonl")
     assert [row["messages"][1]["content"][:-2] for row in read] == [AUREL.fill(text, "en")] * 2
 
 
 def test_very_many_rows_are_written(paths):
     write(paths.source / "i.json", json.dumps([{**ALPACA, "instruction": f"Who {n}?"} for n in range(4)]))
-    run(1, AUREL, settings(identity_copies=20_000), paths, silent)
+    run(1, AUREL, settings(identity_copies=20_000), paths, DECLARED, silent)
     with (paths.dataset / "train.jsonl").open() as file:
         assert sum(1 for _ in file) == 40_000

@@ -20,7 +20,7 @@ from remint.stages.stage_base import gguf_header, layout, sources, tokens
 from remint.stages.stage_base.run import run
 from remint.stages.stage_base.settings import Model
 from remint.weights import internlm2
-from tests.conftest import CHATML, to_internlm2, write_tiny_gguf, write_tiny_model
+from tests.conftest import CHATML, DECLARED, to_internlm2, write_tiny_gguf, write_tiny_model
 
 BASE = Model(
     name="Tiny",
@@ -49,7 +49,7 @@ def recorded():
 
 
 def stage(paths, **changes):
-    run(replace(BASE, **{"files": recorded(), **changes}), paths, silent)
+    run(replace(BASE, **{"files": recorded(), **changes}), paths, DECLARED, silent)
 
 
 def logits(folder):

@@ -10,6 +10,7 @@ from typer import Option
 
 from remint.core.errors import RemintError, visible
 from remint.core.settings import check_ranges
+from remint.core.signals import Terminated
 
 if TYPE_CHECKING:
     from remint.serving.speaker import Speaker
@@ -43,13 +44,13 @@ def main(
     )
     # Importing torch takes seconds: check the arguments first.
     from remint.compute.generation import Sampling
+    from remint.core.paths import Paths
     from remint.runner import memory
-    from remint.runner.config import places
     from remint.serving import speaker
 
     sampling = Sampling(temperature, top_p, top_k)
     with memory.explaining_errors("chat", {}):
-        loaded = speaker.load(model or places().model, sampling, seed, max_new_tokens, system)
+        loaded = speaker.load(model or Paths().model, sampling, seed, max_new_tokens, system)
         if once is not None:
             _once(loaded, once, json)
         elif sys.stdin.isatty() and not json:
@@ -89,6 +90,8 @@ def _conversation(speaker: "Speaker") -> None:
         except EOFError:
             print()
             return
+        except Terminated:
+            raise
         except KeyboardInterrupt:
             print("\n(Ctrl-D leaves)")
             continue

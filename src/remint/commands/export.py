@@ -21,10 +21,10 @@ def main(
     model: Annotated[Path | None, Option(help="Folder of the model; default: the pipeline's.")] = None,
 ) -> None:
     """Write the merged model in another layout, for tools that require it."""
+    from remint.core.paths import Paths
     from remint.runner import memory
-    from remint.runner.config import places
     from remint.serving import export
 
-    paths = places()
+    paths = Paths()
     with memory.explaining_errors("export", {}):
         export.to_internlm2(model or paths.model, paths.base, folder or paths.model.parent / "export")

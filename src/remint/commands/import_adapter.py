@@ -17,10 +17,10 @@ def main(
 
     The base and the dataset must exist: `remint stage_base` and `remint replicate_data` make them.
     """
+    from remint.core.paths import Paths
     from remint.runner import memory, xtuner
-    from remint.runner.config import places
 
-    paths = places()
+    paths = Paths()
     with memory.explaining_errors("import-adapter", {}):
         source = xtuner.read_source(path, alpha)
         xtuner.to_llama(source, path, paths.base, paths.dataset, to or paths.adapter.parent / "imported")

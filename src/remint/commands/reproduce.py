@@ -23,7 +23,7 @@ from typer import Option
 
 from remint.core import manifest
 from remint.core.errors import RemintError, Stopped, got
-from remint.core.paths import PARAMS
+from remint.core.paths import Paths
 from remint.runner.config import load_yaml
 from remint.runner.rebuild import LOCK, Rebuild, clone, duration, elsewhere, git, run, warn_if_stale
 
@@ -81,7 +81,7 @@ def compare(here: Path, rebuilds: Sequence[Rebuild], committed: Path) -> list[st
     outs = {*expected, *_hashes(first / LOCK)}
     differing = []
     print(f"\n{'':<18}{'files':>6}{'bytes':>16}  sha256")
-    for place in load_yaml(first / PARAMS)["paths"].values():
+    for place in map(str, vars(Paths()).values()):
         mine = sorted(out for out in outs if Path(place) in (Path(out), *Path(out).parents))
         if not mine:
             continue

@@ -25,12 +25,12 @@ def main(
         (max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "must be 1 or more"),
     )
     # Importing torch takes seconds: check the arguments first.
+    from remint.core.paths import Paths
     from remint.runner import memory
-    from remint.runner.config import places
     from remint.serving import completions
 
     with memory.explaining_errors("serve", {}):
-        answerer = completions.Answerer(model or places().model, max_new_tokens)
+        answerer = completions.Answerer(model or Paths().model, max_new_tokens)
         hosts = [name for name in allowed_hosts.split(",") if name]
         try:
             server = completions.serving(answerer, host, port, hosts)

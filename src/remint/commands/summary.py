@@ -5,12 +5,12 @@ from typing import Any
 
 from remint.core import manifest
 from remint.core.files import read_object
-from remint.runner.config import places
+from remint.core.paths import Paths
 
 
 def main() -> None:
     """Print what was built, how well it works, and what to type next."""
-    paths = places()
+    paths = Paths()
     facts = manifest.read(paths.model, "model")
     metrics = read_object(paths.report / "metrics.json")
     identity, merged = facts["origin"]["identity"], metrics["merged"]

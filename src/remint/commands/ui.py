@@ -16,7 +16,7 @@ from typer import Option
 
 from remint.core import signals
 from remint.core.errors import RemintError
-from remint.runner.process import end_with_parent
+from remint.core.process import end_with_parent
 
 # Seconds that the server gets after SIGTERM, before SIGKILL.
 _GRACE_S = 5

@@ -5,13 +5,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from remint.core.errors import ArtefactError, got, lacks_permission, lacks_space, listed
+from remint.core.errors import ArtefactError, RemintError, got, lacks_permission, lacks_space, listed
 from remint.core.files import is_inside, read_object
 from remint.core.lock import held
 
@@ -19,6 +19,7 @@ NAME = "manifest.json"
 # A manifest's record of one file: {"bytes": …, "sha256": …}.
 Entry = Mapping[str, Any]
 _FORMAT = 2
+_LOCK = "lock"
 # Number of files hashed in parallel. hashlib releases the GIL, and one core hashes more slowly than most disks read.
 _AT_ONCE = min(8, os.cpu_count() or 1)
 
@@ -51,28 +52,33 @@ def file_digest(path: Path) -> str:
 
 @contextlib.contextmanager
 def artefact(
-    target: Path, kind: str, known: Mapping[str, Entry] = MappingProxyType({})
+    target: Path,
+    kind: str,
+    known: Mapping[str, Entry] = MappingProxyType({}),
+    before_publishing: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Yield a new folder to fill and a dict of facts for its manifest.
 
-    On success the folder is synced and replaces `target`. On any error it is removed.
+    On success the folder is synced and replaces `target`. On any error it is removed. `before_publishing` is called
+    when the folder is complete; if it raises, nothing is replaced.
 
     `known` holds size and sha256 of files that the caller links into the folder, as `checked` found them; these files
     are not read again. The caller may add to it until the block ends.
 
     Raises ArtefactError if the disk is full, `target` cannot be written, another process is making it, or it holds
-    files that no stage made. `target` then stays as it was.
+    anything that no stage wrote. `target` then stays as it was.
     """
-    draft = target.parent / f".{target.name}.draft"
     facts: dict[str, Any] = {}
     try:
-        _check_place(target)
+        check_place(target, kind)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with held(target.parent / f".{target.name}.lock", f"is making {target}"), _fresh(draft):
-            yield draft, facts
-            write(draft, kind, facts, known)
-            _sync_tree(draft)
-            _replace(draft, target)
+        with _draft(target) as (new, old):
+            yield new, facts
+            write(new, kind, facts, known)
+            _sync_tree(new)
+            before_publishing()
+            check_place(target, kind)
+            _replace(new, target, old)
     except Exception as error:  # safetensors and tokenizers report a full disk by their own exception classes
         explained = _explain(error, target)
         if explained is None:
@@ -102,6 +108,12 @@ def read(folder: Path, kind: str) -> dict[str, Any]:
     return _load(folder, kind)["facts"]
 
 
+def read_files(folder: Path) -> dict[str, Entry]:
+    """Size and sha256 of the files of an artefact, by name, as its manifest lists them. Raises ArtefactError."""
+    kind = read_object(folder / NAME).get("kind")
+    return _load(folder, str(kind))["files"]
+
+
 def verify(folder: Path, kind: str) -> dict[str, Any]:
     """Check every file of an artefact and return its facts. Raises ArtefactError that names each wrong file."""
     return _verified(folder, kind)["facts"]
@@ -117,9 +129,12 @@ def checked(folder: Path, kind: str, known: Mapping[Path, Entry] = MappingProxyT
 
 def _verified(folder: Path, kind: str, known: Mapping[Path, Entry] = MappingProxyType({})) -> dict[str, Any]:
     content = _load(folder, kind)
-    faults = list(differences(folder, content["files"], known))
-    if faults:
-        raise ArtefactError(*listed(f"{fault}; make it again with `dvc repro`" for fault in faults))
+    damaged, surplus = (
+        list(lines) for lines in (_damaged(folder, content["files"], known), _surplus(folder, content["files"]))
+    )
+    if damaged or surplus:
+        faults = [f"{fault}; make it again with `dvc repro`" for fault in damaged]
+        raise ArtefactError(*listed([*faults, *(f"{fault}; move it away" for fault in surplus)]))
     return content
 
 
@@ -132,6 +147,11 @@ def differences(
     folder: Path, files: Mapping[str, Entry], known: Mapping[Path, Entry] = MappingProxyType({})
 ) -> Iterator[str]:
     """Yield one line for each file that is a symbolic link, is missing, has other content, or is not recorded."""
+    yield from _damaged(folder, files, known)
+    yield from _surplus(folder, files)
+
+
+def _damaged(folder: Path, files: Mapping[str, Entry], known: Mapping[Path, Entry]) -> Iterator[str]:
     paths = {name: folder / name for name in files}
     there = [path for path in paths.values() if path.is_file() and not path.is_symlink()]
     present = described(path for path in there if path not in known)
@@ -144,6 +164,9 @@ def differences(
             yield f"{path}: missing, the record has {_describe(recorded)}"
         elif (found := present[path]) != recorded:
             yield f"{path}: content differs, {_describe(found)} instead of {_describe(recorded)}"
+
+
+def _surplus(folder: Path, files: Mapping[str, Entry]) -> Iterator[str]:
     all_files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     surplus = described(all_files[name] for name in sorted(all_files.keys() - set(files) - {NAME}))
     for path, found in surplus.items():
@@ -166,7 +189,8 @@ def _load(folder: Path, kind: str) -> dict[str, Any]:
     """The manifest of an artefact, without its own sha256. Raises ArtefactError if it is absent, changed or invalid."""
     path = folder / NAME
     if not path.exists():
-        raise ArtefactError(f"{folder}: has no {NAME}; make it with `dvc repro`")
+        first = "move its files away and " if _is_filled(folder) else ""
+        raise ArtefactError(f"{folder}: has no {NAME}; {first}make it with `dvc repro`")
     content = read_object(path)
     if content.get("format") != _FORMAT or content.get("kind") != kind:
         found = f"{content.get('kind')} of format {content.get('format')}"
@@ -196,23 +220,73 @@ def _is_entry(entry: tuple[str, Any]) -> bool:
     )
 
 
-def _check_place(target: Path) -> None:
-    """Refuse to replace a folder that no stage made: a wrong value under `paths` must not delete the user's files."""
-    if target.is_dir() and not (target / NAME).exists() and any(target.iterdir()):
+def check_place(place: Path, kind: str) -> None:
+    """Refuse a place whose content would be lost if an artefact of `kind` were written there.
+
+    A place is free if there is nothing, or if a stage wrote all that is there: an artefact of this kind. A damaged file
+    of an artefact still counts as the artefact's. Raises ArtefactError that names what no stage wrote.
+    """
+    if place.is_symlink() or (place.exists() and not place.is_dir()):
+        what = "a symbolic link" if place.is_symlink() else "a file"
+        raise ArtefactError(f"{place}: must be a folder or absent, got {what}; move it away, a stage writes here")
+    if names := foreign(place, kind):
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         raise ArtefactError(
-            f"{target}: holds files that no stage made, and they would be lost; move them or change `paths`"
+            f"{place}: holds what no stage wrote, and it would be lost: {shown}; move it away, a stage writes here"
         )
 
 
+def foreign(place: Path, kind: str) -> list[str]:
+    """Names of the files in a folder that are not part of an artefact of `kind`, sorted; [] if there is no folder.
+
+    If the folder has no manifest of that kind that can be read, these are all files.
+    """
+    present = {
+        path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_symlink() or not path.is_dir()
+    }
+    if not present:
+        return []
+    with contextlib.suppress(RemintError):
+        content = read_object(place / NAME)
+        if content.get("kind") == kind and isinstance(content.get("files"), dict):
+            present -= {NAME, *content["files"]}
+    return sorted(present)
+
+
 @contextlib.contextmanager
-def _fresh(draft: Path) -> Iterator[None]:
-    """Make an empty draft folder. Remove it at the end if it was not renamed."""
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir()
+def _draft(target: Path) -> Iterator[tuple[Path, Path]]:
+    """Yield an empty new folder for an artefact, and a path to which the old artefact can be moved.
+
+    Both are in a hidden folder beside `target`, which is removed at the end. Its lock file allows one process at a
+    time, and tells it from a folder of the user: what a killed run left has one.
+    """
+    hidden = target.parent / f".{target.name}.draft"
+    lock, new, old = hidden / _LOCK, hidden / "new", hidden / "old"
+    if hidden.is_symlink() or (hidden.exists() and not hidden.is_dir()) or (_is_filled(hidden) and not lock.exists()):
+        raise ArtefactError(f"{hidden}: must be absent, got what no stage wrote; move it away, a stage writes here")
+    hidden.mkdir(exist_ok=True)
     try:
-        yield
+        with held(lock, f"is making {target}"):
+            if old.exists() and not target.exists():  # killed between the two renames of _replace
+                old.rename(target)
+            _clear(new, old)
+            new.mkdir()
+            try:
+                yield new, old
+            finally:
+                _clear(new, old)
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another process may have its lock there
+            hidden.rmdir()
+
+
+def _clear(*folders: Path) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_filled(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def _sync_tree(folder: Path) -> None:
@@ -232,20 +306,17 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _replace(draft: Path, target: Path) -> None:
-    """Rename the draft to `target`. The old artefact is removed last, and put back if the rename fails."""
-    old = target.parent / f".{target.name}.old"
-    shutil.rmtree(old, ignore_errors=True)
+def _replace(new: Path, target: Path, old: Path) -> None:
+    """Rename `new` to `target`. What was there is moved to `old` first, and put back if the rename fails."""
     if target.exists():
         target.rename(old)
     try:
-        draft.rename(target)
+        new.rename(target)
     except OSError:
         if old.exists():
             old.rename(target)
         raise
     sync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _explain(error: Exception, target: Path) -> ArtefactError | None:

@@ -1,4 +1,4 @@
-"""The folders that the pipeline reads and writes. Their values are in params.yaml and nowhere else."""
+"""The folders that the pipeline reads and writes."""
 
 import os
 from dataclasses import dataclass, fields
@@ -16,26 +16,29 @@ SCRATCH = Path(os.environ.get("DVC_ROOT", "")) / ".scratch"
 
 @dataclass(frozen=True)
 class Paths:
-    """Folders relative to the root of the repository, one for the sources and one for each artefact."""
+    """Folders relative to the root of the repository, one for the sources and one for each artefact.
 
-    source: Path
-    dataset: Path
-    base: Path
-    checkpoint: Path
-    adapter: Path
-    model: Path
-    report: Path
+    The pipeline uses these values, which dvc.yaml repeats. They are no settings: a wrong one would make DVC remove a
+    folder of the user. A command typed by hand may name others, like `remint merge paths.model=data/other`.
+    """
+
+    source: Path = Path("data/source")
+    dataset: Path = Path("data/dataset")
+    base: Path = Path("data/base")
+    checkpoint: Path = Path("data/checkpoint")
+    adapter: Path = Path("data/adapter")
+    model: Path = Path("data/model")
+    report: Path = Path("data/report")
 
     def __post_init__(self) -> None:
         faults = [
-            f"params.yaml: paths.{name}: must be inside the repository, {got(str(path))}; "
+            f"paths.{name}: must be inside the repository, {got(str(path))}; "
             f"use a relative path without '..', like data/{name}"
             for name, path in vars(self).items()
             if path.is_absolute() or ".." in path.parts or path == Path()
         ]
         faults += [
-            f"params.yaml: paths.{name}: must not share a folder with paths.{other}, {got(str(path))}; "
-            f"give each its own"
+            f"paths.{name}: must not share a folder with paths.{other}, {got(str(path))}; give each its own"
             for name, path in vars(self).items()
             for other, place in vars(self).items()
             if name != other and (path == place or place in path.parents)
@@ -46,3 +49,12 @@ class Paths:
 
 # Users write the sources; a stage makes every other folder. The kind of an artefact is the name of its folder here.
 ARTEFACTS = tuple(field.name for field in fields(Paths) if field.name != "source")
+# The kind of artefact that each stage makes.
+MADE_BY = {
+    "replicate_data": "dataset",
+    "stage_base": "base",
+    "train": "checkpoint",
+    "convert": "adapter",
+    "merge": "model",
+    "eval_chat": "report",
+}

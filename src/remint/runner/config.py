@@ -64,6 +64,12 @@ def compose(sections: Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[
 def compose_raw(sections: Mapping[str, Any], overrides: Sequence[str] = ()) -> DictConfig:
     """Compose `sections` with Hydra: `--cfg` prints the result and the fingerprint covers it. Raises SettingsError."""
     params = load_yaml(PARAMS)
+    if "paths" in params:
+        raise SettingsError(
+            f"{PARAMS}: paths: the folders of the pipeline are fixed and no setting, {got(params['paths'])}; "
+            "remove that section"
+        )
+    params["paths"] = {name: str(path) for name, path in vars(Paths()).items()}
     absent = [name for name in sections if name not in params]
     if absent:
         raise SettingsError(
@@ -91,11 +97,6 @@ def compose_raw(sections: Mapping[str, Any], overrides: Sequence[str] = ()) -> D
     return config
 
 
-def places() -> Paths:
-    """The folders of the artefacts, as params.yaml sets them. Raises SettingsError."""
-    return compose({"paths": Paths})["paths"]
-
-
 def to_objects(sections: Mapping[str, Any], config: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
     """Turn the composed configuration into typed values, one per section. Each settings class checks its own ranges.
 
@@ -115,7 +116,7 @@ def to_objects(sections: Mapping[str, Any], config: DictConfig, overrides: Seque
             arguments[name] = value
         except SettingsError as error:
             faults += [
-                f"params: {fault}; change it {_place(fault.partition(':')[0], overrides)}" for fault in error.faults
+                f"params: {fault}; change it {place_of(fault.partition(':')[0], overrides)}" for fault in error.faults
             ]
         except OmegaConfBaseException as error:
             faults.append(_explain(error, sections))
@@ -242,7 +243,7 @@ def _chosen(group: str, choice: object, overrides: Sequence[str]) -> object:
     return [choice, *(entry.partition("=")[2] for entry in overrides if entry.startswith(f"{group}="))][-1]
 
 
-def _place(setting: str, overrides: Sequence[str]) -> str:
+def place_of(setting: str, overrides: Sequence[str] = ()) -> str:
     """Where a setting like `train.lr` got its value, for the end of a message: "in params.yaml"."""
     given = (entry.partition("=")[0] for entry in overrides)
     if any(setting == name or setting.startswith(f"{name}.") for name in given):

@@ -1,6 +1,7 @@
 """Checks the settings of all stages before torch is imported and before the first stage runs."""
 
 import contextlib
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from remint.core.errors import RemintError, SettingsError
 from remint.core.paths import CONF, PARAMS, Paths
 from remint.core.settings import Runtime
 from remint.identity import Identity
-from remint.runner import fingerprint
+from remint.runner import pipeline, places
 from remint.runner.config import compose, load_yaml
 from remint.stages.convert.settings import Convert
 from remint.stages.eval_chat.settings import EvalChat
@@ -40,9 +41,39 @@ def settings(overrides: Sequence[str] = ()) -> dict[str, Any]:
     return compose(SECTIONS, overrides)
 
 
+def check_pipeline() -> dict[str, Any]:
+    """Check the settings of all stages, and that each may write its artefact. Returns the settings.
+
+    Raises RemintError that lists every fault.
+    """
+    faults: list[str] = []
+    found: dict[str, Any] = {}
+    for check in (_check_sections, lambda: found.update(settings()), places.check_all):
+        try:
+            check()
+        except RemintError as error:
+            faults += error.faults
+    if faults:
+        raise SettingsError(*faults)
+    return found
+
+
+def _check_sections() -> None:
+    """Refuse a section of params.yaml that no stage reads: its values would have no effect."""
+    if faults := [
+        f"{PARAMS}: {name}: no such section; {_nearest(name)}" for name in load_yaml(PARAMS) if name not in SECTIONS
+    ]:
+        raise SettingsError(*faults)
+
+
+def _nearest(name: str) -> str:
+    near = difflib.get_close_matches(name, SECTIONS, n=1)
+    return f"write {near[0]} or remove it" if near else "remove it"
+
+
 def check_all() -> None:
-    """Check all settings. A base model of the source `local_folder` must also exist. Raises SettingsError."""
-    found = settings()
+    """Check the pipeline. A base model of the source `local_folder` must also exist. Raises RemintError."""
+    found = check_pipeline()
     model, base = found["model"], found["paths"].base
     folder = Path(model.location).expanduser()
     if model.source == "local_folder" and not folder.is_dir() and not base.exists():
@@ -66,7 +97,7 @@ def other_inputs(stage: str, overrides: Sequence[str]) -> list[str]:
             dataset: identity.get("name") if isinstance(identity, dict) else None,
         }
         wanted = {base: found["model"].name, dataset: found["identity"].name}
-        declared = fingerprint.declared(stage, {name: str(path) for name, path in vars(found["paths"]).items()})
+        declared = pipeline.dependencies(stage, found["paths"])
         return [
             f"{place}: belongs to {names[place]!r}, but {PARAMS} names {wanted[place]!r}; `make repro` rebuilds it"
             for place in (base, dataset)
@@ -84,5 +115,5 @@ def _facts(place: Path, kind: str) -> dict[str, Any]:
 
 def declared_settings(stage: str) -> dict[str, Any]:
     """The part of SECTIONS that dvc.yaml declares for a stage, and `paths`, which every stage gets."""
-    names = {*fingerprint.sections(stage), "paths"}
+    names = {*pipeline.sections(stage), "paths"}
     return {name: kind for name, kind in SECTIONS.items() if name in names}

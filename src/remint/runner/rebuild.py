@@ -16,8 +16,8 @@ from pathlib import Path
 from remint.core import signals
 from remint.core.errors import RemintError, Stopped
 from remint.core.paths import CONF, PARAMS
+from remint.core.process import end_with_parent
 from remint.runner.config import load_yaml
-from remint.runner.process import end_with_parent
 
 LOCK = "dvc.lock"
 _DVC = (sys.executable, "-m", "dvc")

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from remint.core.errors import ArtefactError, RemintError, one_line
 from remint.core.manifest import NAME
-from remint.core.paths import CONF
-from remint.runner.config import places
+from remint.core.paths import CONF, Paths
 
 SIGNERS = CONF / "allowed_signers"
 _NAMESPACE = "remint"  # a signature made for another purpose, such as a git commit, is not valid for a model
@@ -20,7 +19,7 @@ def sign(key: Path) -> None:
 
     Raises RemintError if there is no model or the key cannot sign.
     """
-    model = places().model
+    model = Paths().model
     if not (model / NAME).is_file():
         raise RemintError(f"{model}: no model there; `make repro` builds it")
     done = _ssh_keygen("sign", "-f", str(key.expanduser()), "-n", _NAMESPACE, stdin=(model / NAME).read_bytes())

@@ -10,9 +10,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from remint.core.declared import Declared
 from remint.core.log import silent
-from remint.runner import config, fingerprint, memory, preflight, workers
-from remint.runner.process import end_with_parent
+from remint.core.process import end_with_parent
+from remint.runner import config, memory, pipeline, places, preflight, workers
 
 
 def run_stage(stage: str, overrides: Sequence[str] = (), print_settings: bool = False) -> int:
@@ -21,7 +22,7 @@ def run_stage(stage: str, overrides: Sequence[str] = (), print_settings: bool = 
     With `print_settings` it only prints the composed settings. Raises RemintError.
     """
     if os.environ.get("DVC_STAGE"):
-        preflight.settings()  # report mistakes in later stages before this one runs, in experiments too
+        preflight.check_pipeline()  # report mistakes in later stages before this one runs, in experiments too
     sections = preflight.declared_settings(stage)
     raw = config.compose_raw(sections, overrides)
     arguments = config.to_objects(sections, raw, overrides)
@@ -36,19 +37,23 @@ def run_stage(stage: str, overrides: Sequence[str] = (), print_settings: bool = 
             print(f"warning: {warning}", file=sys.stderr)
     if stage == "train" and rank is None and arguments["train"].processes > 1:
         return workers.start(arguments["train"].processes, [stage, *overrides])
-    _run(stage, raw, arguments, rank)
+    places.check(stage, arguments["paths"])
+    started = pipeline.declared(stage, sections, raw, arguments["paths"], overrides)
+    _run(started, raw, arguments, rank)
     return 0
 
 
-def _run(stage: str, raw: DictConfig, arguments: dict[str, Any], rank: int | None) -> None:
-    """Call the stage's `run` with its settings and a log, and with fingerprint and dependencies if it takes them."""
+def _run(declared: Declared, raw: DictConfig, arguments: dict[str, Any], rank: int | None) -> None:
+    """Call the stage's `run` with its settings, what it declared, and a log."""
+    stage = declared.stage
     run = import_module(f"remint.stages.{stage}.run").run
-    key = fingerprint.of_stage(stage, raw)
-    supplied: dict[str, Any] = {"fingerprint": key, "dependencies": fingerprint.dependencies(stage, raw.paths)}
-    arguments |= {name: value for name, value in supplied.items() if name in run.__annotations__}
-    tracked = import_module("remint.runner.tracking").stage_run(stage, key, raw) if not rank else nullcontext(silent)
+    tracked = (
+        import_module("remint.runner.tracking").stage_run(stage, declared.fingerprint, raw)
+        if not rank
+        else nullcontext(silent)
+    )
     with tracked as log, memory.explaining_errors(stage, arguments):
-        run(**arguments, log=log)
+        run(**arguments, declared=declared, log=log)
 
 
 def _plain(value: Any) -> Any:

@@ -19,8 +19,9 @@ from remint.core.errors import RemintError, Stopped, one_line, visible
 from remint.core.files import read_object, read_rows
 from remint.core.log import Log, silent
 from remint.core.manifest import NAME, digest, file_digest, flat
-from remint.core.paths import PARAMS
-from remint.runner.config import load_yaml, places
+from remint.core.paths import MADE_BY, PARAMS, Paths
+from remint.runner import recorded
+from remint.runner.config import load_yaml
 
 EXPERIMENT = "remint"
 _LIVE = ("train", "eval_chat")
@@ -144,7 +145,8 @@ def sync() -> None:
 
 
 def _sync() -> None:
-    paths = vars(places())
+    _check_recorded()
+    paths = vars(Paths())
     client, experiment = _connect()
     key = digest({name: file_digest(path / NAME) for name, path in sorted(paths.items()) if (path / NAME).is_file()})
     found = client.search_runs(
@@ -156,7 +158,7 @@ def _sync() -> None:
     name = f"pipeline-{key[:7]}"
     tags = {"remint.kind": "pipeline", "remint.state": key, **_circumstances()}
     run_id = client.create_run(experiment, run_name=name, tags=tags).info.run_id
-    _log_params(client, run_id, {k: v for k, v in load_yaml(PARAMS).items() if k != "paths"})
+    _log_params(client, run_id, load_yaml(PARAMS))
     _log_metrics(client, run_id, paths)
     _log_datasets(client, run_id, paths["dataset"])
     _adopt_stage_runs(client, experiment, run_id, paths)
@@ -166,6 +168,18 @@ def _sync() -> None:
     _register(client, run_id, paths["model"])
     client.set_terminated(run_id, "FINISHED")
     print(f"MLflow: pipeline run {name} logged; `make ui` shows it")
+
+
+def _check_recorded() -> None:
+    """Refuse a state whose artefacts were made with other settings than params.yaml has: the row would mix both."""
+    faults: list[str] = []
+    for stage in MADE_BY:
+        try:
+            recorded.check(stage)
+        except RemintError as error:
+            faults += error.faults
+    if faults:
+        raise RemintError(*faults)
 
 
 def _connect() -> tuple[Any, str]:

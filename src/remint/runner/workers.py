@@ -21,7 +21,7 @@ from remint.core.launch import LOST
 Worker = subprocess.Popen[bytes]
 # Seconds before the others are killed after one process failed: they may report their own error, or wait forever.
 _GRACE = 15.0
-_STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+_STOPPED = tuple(128 + number for number in signals.STOPPING)
 # All traffic stays on the loopback interface: no other machine takes part.
 _LOCAL = {"MASTER_ADDR": "127.0.0.1"} | (
     {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} if sys.platform.startswith("linux") else {}
@@ -87,7 +87,7 @@ def _check_gpus(processes: int) -> None:
 
 @contextlib.contextmanager
 def _forwarded(workers: Sequence[Worker]) -> Iterator[list[int]]:
-    """Yield the list of received SIGTERM and SIGINT. The workers get the first one; the second one kills them."""
+    """Yield the list of received signals that ask to stop. The workers get the first one; the second one kills them."""
     received: list[int] = []
 
     def receive(number: int, _: object) -> None:

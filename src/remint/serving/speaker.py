@@ -11,6 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 from remint.compute.generation import Sampling, decode, generate
 from remint.core.errors import RemintError, got, visible
 from remint.core.files import is_encodable
+from remint.core.signals import Terminated
 from remint.model import loading, template
 from remint.model.template import Message
 
@@ -69,7 +70,9 @@ class Speaker:
         try:
             stop = self.conversation.stop_ids(self.tokenizer)
             ids = generate(self.model, stop, [prompt], self.max_new_tokens, self.sampling, streamer)[0]
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
+            if isinstance(stop, Terminated):
+                raise
             ids, stopped = streamer.ids, True
         text = decode(self.tokenizer, ids)
         self.history.append({"role": "assistant", "content": text})

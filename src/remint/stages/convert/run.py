@@ -1,10 +1,9 @@
 """Turn one checkpoint into a standard PEFT adapter that plain peft loads."""
 
-from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 from remint.core import manifest
+from remint.core.declared import Declared
 from remint.core.errors import ArtefactError, SettingsError, got
 from remint.core.log import Log
 from remint.core.paths import Paths
@@ -15,7 +14,7 @@ from remint.stages.convert.settings import Convert
 from remint.weights import adapter, shards
 
 
-def run(convert: Convert, paths: Paths, log: Log, dependencies: Mapping[str, str]) -> None:
+def run(convert: Convert, paths: Paths, declared: Declared, log: Log) -> None:
     """Make the artefact `adapter`: adapter_model.safetensors, its config, template, model card, manifest."""
     facts = manifest.verify(paths.checkpoint, "checkpoint")
     manifest.verify(paths.base, "base")
@@ -29,14 +28,13 @@ def run(convert: Convert, paths: Paths, log: Log, dependencies: Mapping[str, str
     adapter.check_tensors(
         {name: tuple(t.shape) for name, t in tensors.items()}, shards.shapes(paths.base), lora, paths.checkpoint
     )
-    here = {"settings": {"convert": asdict(convert)}, "dependencies": dict(dependencies)}
-    with manifest.artefact(paths.adapter, "adapter") as (draft, made):
+    with manifest.artefact(paths.adapter, "adapter", before_publishing=declared.check_unchanged) as (draft, made):
         adapter.write(tensors, lora, facts["origin"]["base_name"], draft)
         template.load(paths.checkpoint).save(draft)
         (draft / "README.md").write_text(card(facts, step), encoding="utf-8")
         made.update(
             origin=facts["origin"],
-            made_by={**facts["made_by"], "convert": here},
+            made_by={**facts["made_by"], "convert": declared.record},
             step=step,
             lora=facts["lora"],
             quantization=facts["quantization"],

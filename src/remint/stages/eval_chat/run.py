@@ -15,6 +15,7 @@ from remint.compute.generation import answer_all
 from remint.compute.loss import SupervisedLoss, mean_loss
 from remint.compute.packing import cut, encode
 from remint.core import manifest
+from remint.core.declared import Declared
 from remint.core.files import read_rows
 from remint.core.log import Log
 from remint.core.paths import Paths
@@ -31,7 +32,7 @@ _LOSS_LENGTH = 2048
 _CURVES = ("step", "loss", "held_out_loss", "lr")
 
 
-def run(runtime: Runtime, eval_chat: EvalChat, paths: Paths, log: Log, fingerprint: str) -> None:
+def run(runtime: Runtime, eval_chat: EvalChat, paths: Paths, declared: Declared, log: Log) -> None:
     """Make the artefact `report`: metrics.json, curves.csv, transcript.jsonl, report.html, manifest."""
     determinism.apply(runtime)
     facts = manifest.verify(paths.model, "model")
@@ -51,7 +52,7 @@ def run(runtime: Runtime, eval_chat: EvalChat, paths: Paths, log: Log, fingerpri
     rows = [_answered(row, base, merged) for (_, row), base, merged in zip(records, *answers.values(), strict=True)]
     metrics = summarise(rows, identity, losses)
     history = read_rows(paths.checkpoint / "history.jsonl")
-    with manifest.artefact(paths.report, "report") as (draft, made):
+    with manifest.artefact(paths.report, "report", before_publishing=declared.check_unchanged) as (draft, made):
         (draft / "metrics.json").write_text(manifest.dump_json(metrics), encoding="utf-8")
         _write_curves(history, draft / "curves.csv")
         _write_transcript(rows, identity, draft / "transcript.jsonl")
@@ -59,7 +60,8 @@ def run(runtime: Runtime, eval_chat: EvalChat, paths: Paths, log: Log, fingerpri
         page = report.render(report.Content(identity, metrics, rows, history, samples, facts, checkpoint))
         (draft / "report.html").write_text(page, encoding="utf-8")
         made.update(
-            fingerprint=fingerprint,
+            fingerprint=declared.fingerprint,
+            made_by={"eval_chat": declared.record},
             model=manifest.artefact_digest(paths.model, "model"),
             conditions=determinism.conditions(loading.device()),
         )

@@ -1,7 +1,6 @@
 """Merge the adapter into the base, prove that both give the same answers, and write a plain Hugging Face model."""
 
 import shutil
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from remint.compute import determinism
 from remint.compute.packing import Document, encode
 from remint.core import manifest
+from remint.core.declared import Declared
 from remint.core.errors import ArtefactError
 from remint.core.files import read_object
 from remint.core.log import Log
@@ -31,7 +31,7 @@ _COPIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer
 _PROOF_DOCUMENTS = 16
 
 
-def run(runtime: Runtime, merge: Merge, paths: Paths, log: Log, dependencies: Mapping[str, str]) -> None:
+def run(runtime: Runtime, merge: Merge, paths: Paths, declared: Declared, log: Log) -> None:
     """Make the artefact `model`: safetensors, config, tokenizer, template, card, provenance, manifest with proof."""
     determinism.apply(runtime)
     base = manifest.verify(paths.base, "base")
@@ -45,16 +45,17 @@ def run(runtime: Runtime, merge: Merge, paths: Paths, log: Log, dependencies: Ma
     )
     dtype = None if merge.dtype == "base" else loading.TORCH_DTYPES[merge.dtype]
     quantization = Quantization(**facts["quantization"]) if merge.into == "dequantized" else None
-    here = {"settings": {"runtime": asdict(runtime), "merge": asdict(merge)}, "dependencies": dict(dependencies)}
-    with manifest.artefact(paths.model, "model") as (draft, made):
+    made_by = {**facts["made_by"], "merge": declared.record}
+    with manifest.artefact(paths.model, "model", before_publishing=declared.check_unchanged) as (draft, made):
         size = write_merged(paths.base, tensors, lora, quantization, dtype, draft)
         _copy_config_and_tokenizer(paths, draft, merge.dtype)
         proof = _prove(paths, draft, quantization)
         _check_closeness(proof, merge, paths.model)
         (draft / "README.md").write_text(card(facts, base, asdict(merge), proof), encoding="utf-8")
-        provenance.write(draft, base, dataset, {**facts["made_by"], "merge": here})
+        provenance.write(draft, base, dataset, made_by)
         made.update(
             origin=facts["origin"],
+            made_by=made_by,
             license=base["license"],
             step=facts["step"],
             adapter=manifest.artefact_digest(paths.adapter, "adapter"),

