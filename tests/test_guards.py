@@ -171,7 +171,12 @@ def test_a_place_is_no_setting(place, where):
     assert own_files(place.root).items() >= {k: v for k, v in before.items() if "data/model/" not in k}.items()
     (place.root / "params.yaml").write_text(params)
     said = place.run("docker/run", "python", "-m", "remint", "merge", f"paths.model={where}", status=1)
-    assert "paths.model: must " in said or "must be a folder" in said or "holds what no stage wrote" in said
+    assert (
+        "paths.model: must " in said
+        or "must not share a folder with paths.model" in said
+        or "must be a folder" in said
+        or "holds what no stage wrote" in said
+    )
     place.run("git", "diff", "--quiet", "--", "src", "conf", "data")
 
 

@@ -129,7 +129,9 @@ def wait_for(happened, process=None, seconds=180, pause=0.02):
     """Wait until `happened()` is true. Fails if `process` ends first or the time is up."""
     deadline = time.monotonic() + seconds
     while not happened():
-        assert process is None or process.poll() is None, "the process ended too early"
+        if process is not None and process.poll() is not None:
+            said = process.stdout.read() if process.stdout else ""
+            raise AssertionError(f"the process ended too early: {said[-2000:]}")
         assert time.monotonic() < deadline
         time.sleep(pause)
 

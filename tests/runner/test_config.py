@@ -24,6 +24,7 @@ CHOICES = [(p.parent.name, p.stem) for p in sorted((ROOT / "conf").glob("*/*.yam
 @pytest.fixture
 def workplace(tmp_path, monkeypatch, yaml_parsed_once):
     """A folder with the project's settings, which a test may damage."""
+    (tmp_path / ".git").mkdir()
     (tmp_path / "conf").symlink_to(ROOT / "conf")
     (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
     monkeypatch.chdir(tmp_path)

@@ -246,7 +246,7 @@ def _chosen(group: str, choice: object, overrides: Sequence[str]) -> object:
 def place_of(setting: str, overrides: Sequence[str] = ()) -> str:
     """Where a setting like `train.lr` got its value, for the end of a message: "in params.yaml"."""
     given = (entry.partition("=")[0] for entry in overrides)
-    if any(setting == name or setting.startswith(f"{name}.") for name in given):
+    if setting.startswith("paths.") or any(setting == name or setting.startswith(f"{name}.") for name in given):
         return "on the command line"
     group = setting.partition(".")[0]
     return f"in {CONF / group / str(load_yaml(PARAMS)[group])}.yaml" if (CONF / group).is_dir() else f"in {PARAMS}"

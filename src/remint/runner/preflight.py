@@ -73,6 +73,11 @@ def _nearest(name: str) -> str:
 
 def check_all() -> None:
     """Check the pipeline. A base model of the source `local_folder` must also exist. Raises RemintError."""
+    if not Path(".git").exists():
+        raise SettingsError(
+            f"{Path.cwd()}: is not a git repository, which DVC needs, as after unpacking an archive of the sources; "
+            "make it one with `git init`"
+        )
     found = check_pipeline()
     model, base = found["model"], found["paths"].base
     folder = Path(model.location).expanduser()
