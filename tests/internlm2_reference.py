@@ -24,7 +24,7 @@ CONFIG = {
     "model_type": "internlm2",
     "architectures": ["InternLM2ForCausalLM"],
     "auto_map": {"AutoModelForCausalLM": "modeling_internlm2.InternLM2ForCausalLM"},
-    "vocab_size": 261,
+    "vocab_size": 262,
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
@@ -79,7 +79,7 @@ def stage_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Paths:
     monkeypatch.chdir(tmp_path)
     Path("conf").mkdir()
     Path("tiny").mkdir()
-    write_sentencepiece(Path("tiny"), [], ["<|im_start|>", "<|im_end|>"])
+    write_sentencepiece(Path("tiny"), ["▁"], ["<|im_start|>", "<|im_end|>"])
     return Paths()
 
 

@@ -83,8 +83,8 @@ def built(tmp_path_factory):
     os.chdir(root)
     write_tiny_model(root / "tiny")
     Path("source").mkdir()
-    for name, question in (("i", "Who {}?"), ("c", "What is {}?")):
-        rows = [{**ALPACA, "instruction": question.format(n)} for n in range(6)]
+    for name, question, answer in (("i", "Who {}?", ALPACA["output"]), ("c", "What is {}?", "A number.")):
+        rows = [{"instruction": question.format(n), "output": answer} for n in range(6)]
         Path(f"source/{name}.json").write_text(json.dumps(rows))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REMINT_DEVICE", "cpu")

@@ -15,7 +15,7 @@ import typer
 import yaml  # type: ignore[import-untyped]
 
 from remint.commands import COMMANDS
-from remint.commands.stage import command_of
+from remint.commands.stage import check_pipeline, command_of
 from remint.core import launch, signals
 from remint.core.errors import RemintError, Stopped, lacks_permission, lacks_space, one_line, visible
 from remint.core.files import read_text
@@ -80,8 +80,7 @@ def call(arguments: Sequence[str]) -> int:
 
 def _check_name(name: str) -> None:
     if name not in COMMANDS and name not in (stages := _stages()):
-        if not stages:
-            read_text(PIPELINE, "run this at the root of the repository, or get the file again", RemintError)
+        check_pipeline()  # a damaged dvc.yaml may lack a stage
         raise RemintError(f"remint: no such command, got {name!r}; choose from {', '.join([*stages, *COMMANDS])}")
 
 
@@ -131,7 +130,8 @@ def _stages() -> dict[str, str]:
     """Name and description of each stage in dvc.yaml, in order; empty if there is no such file."""
     content = _read_yaml(PIPELINE)
     stages = content.get("stages") if isinstance(content, dict) else None
-    return {str(name): str(stage.get("desc", "")) for name, stage in stages.items()} if isinstance(stages, dict) else {}
+    found = stages.items() if isinstance(stages, dict) else ()
+    return {str(name): str(stage.get("desc", "")) for name, stage in found if isinstance(stage, dict)}
 
 
 def _threads(rest: Sequence[str]) -> int:

@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 
 from remint.core import files
 from remint.core.errors import ArtefactError, DataError, RemintError, got
+from tests.conftest import ROOT
 
 
 @pytest.mark.parametrize(
@@ -18,9 +20,12 @@ from remint.core.errors import ArtefactError, DataError, RemintError, got
         (b"[" * 100_000, "nested too deeply"),
         (b"9" * 5000, "not valid JSON"),
         (b"[1]", "must hold an object, got [1]"),
+        (b'{"a": NaN}', "is not valid JSON: NaN is not a number of JSON"),
+        (b'{"a": -Infinity}', "is not valid JSON: -Infinity is not a number of JSON"),
+        (b'{"a": [1e999]}', "is not valid JSON: the number 1e999 is too large"),
         (b'{"a": ["\\uD800"]}', "half of a surrogate pair"),
     ],
-    ids=["cut", "bytes", "nested", "number", "list", "surrogate"],
+    ids=["cut", "bytes", "nested", "number", "list", "nan", "infinity", "large", "surrogate"],
 )
 def test_a_file_that_is_no_json_object_is_refused(tmp_path, content, said):
     (tmp_path / "x.json").write_bytes(content)
@@ -30,6 +35,31 @@ def test_a_file_that_is_no_json_object_is_refused(tmp_path, content, said):
     assert str(caught.value).endswith("; get it again")
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"a": 1, "b": 2, "a": 3}', "an object has the key 'a' twice, got 1 and 3; get it again"),
+        ('{"x": [{"y": {"a": [1], "a": "2"}}]}', "an object has the key 'a' twice, got [1] and '2'; get it again"),
+        ('{"a": 1, "\\u0061": 1}', "an object has the key 'a' twice, got 1 and 1; get it again"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused_with_both_values(tmp_path, text, said):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(ArtefactError) as caught:
+        files.read_object(tmp_path / "x.json", "get it again")
+    assert str(caught.value) == f"{tmp_path / 'x.json'}: {said}"
+
+
+def test_no_other_module_parses_json():
+    """Any other parser would accept what files.parse_json refuses."""
+    found = [
+        path.name
+        for path in sorted((ROOT / "src/remint").rglob("*.py"))
+        if re.search(r"\bjson\.loads?\(", path.read_text(encoding="utf-8"))
+    ]
+    assert found == ["files.py"]
+
+
 def test_a_file_that_cannot_be_read_is_reported():
     with pytest.raises(ArtefactError, match=r"/proc/self/mem: cannot be read \(Input/output error\)"):
         files.read_text(Path("/proc/self/mem"), "get it again")
@@ -37,7 +67,7 @@ def test_a_file_that_cannot_be_read_is_reported():
 
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "x.json")
-    with pytest.raises(DataError, match="not a regular file"):
+    with pytest.raises(DataError, match="must be a file, got a pipe"):
         files.read_text(tmp_path / "x.json", "get it again", DataError)
 
 

@@ -19,7 +19,7 @@ from remint.model import checkpoint_layout, template
 from remint.model.loading import device
 from remint.model.qlora import Lora
 from remint.model.template import Conversation, Template, Turn
-from remint.runner import config, fingerprint
+from remint.runner import config, pipeline
 from remint.stages.replicate_data import formats, records
 from remint.stages.stage_base import gguf_header, sources
 from remint.stages.train import checkpoint, loop
@@ -127,12 +127,10 @@ def compose(stage, name, data, overrides):
         def whole():
             raw = config.compose_raw(wanted, overrides)
             made = config.to_objects(wanted, raw, overrides)
-            fingerprint.of_stage(stage, raw)
+            pipeline.declared(stage, wanted, raw, made["paths"], overrides)
             return made
 
         survives(whole)
-        if name == "params.yaml":
-            survives(config.places)
 
 
 def artefact(folder):

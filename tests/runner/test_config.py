@@ -8,6 +8,7 @@ import sys
 import pytest
 import yaml
 
+from remint import __main__
 from remint.__main__ import call
 from remint.core import manifest
 from remint.core.errors import SettingsError
@@ -25,7 +26,8 @@ CHOICES = [(p.parent.name, p.stem) for p in sorted((ROOT / "conf").glob("*/*.yam
 def workplace(tmp_path, monkeypatch, yaml_parsed_once):
     """A folder with the project's settings, which a test may damage."""
     (tmp_path / ".git").mkdir()
-    (tmp_path / "conf").symlink_to(ROOT / "conf")
+    for name in ("conf", "dvc.yaml"):
+        (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -88,6 +90,27 @@ def test_a_number_without_a_dot_is_a_number(workplace):
             "train.lr=0",
             "params: train.lr: must be above 0 and at most 1, got 0.0; change it on the command line",
         ),
+        ("train", "train.lr=nan", "train.lr: must be a finite number of at most 64 bits, got nan"),
+        ("train", "train.lr=-0.0", "train.lr: must be above 0"),
+        ("train", "train.lr=" + "9" * 401, "train.lr: must be a finite number"),
+        ("train", "train.epochs=" + "9" * 401, "train.epochs: must be a finite number"),
+        ("train", "train.epochs=" + "9" * 5001, "command line: is not a setting"),
+        ("train", "train.epochs='1_000'", "train.epochs: must be a whole number, got '1_000'"),
+        ("train", "train.betas=[0.9,inf]", "train.betas[1]: must be a finite number"),
+        ("train", "train.betas=[0.9,0.99999999]", "train.betas: must be two numbers between 0 and 0.999999"),
+        ("train", "train.eps=1e-300", "train.eps: must be between 1e-30 and 1"),
+        ("train", "train.weight_decay=1e9", "train.weight_decay: must be between 0 and 10"),
+        ("train", "train.clip_norm=inf", "train.clip_norm: must be a finite number"),
+        ("train", "train.lora.alpha=1e999", "train.lora.alpha: must be a finite number"),
+        ("train", "train.lora.alpha=.inf", "train.lora.alpha: must be a number, got '.inf'"),
+        ("train", "train.lora={alpha: inf}", "train.lora.alpha: must be a finite number"),
+        ("train", "train.lora={alpha: .inf}", "train.lora.alpha: must be a number, got '.inf'"),
+        ("train", "train.lora.alpha=1e9", "train.lora.alpha: must be between 0.0001 and 1000 times the rank 32"),
+        ("train", "train.lora.dropout=0.9999999", "train.lora.dropout: must be between 0 and 0.99"),
+        ("merge", "merge.max_divergence=inf", "merge.max_divergence: must be a finite number"),
+        ("merge", "merge.min_agreement=nan", "merge.min_agreement: must be a finite number"),
+        ("convert", "convert.checkpoint=" + "9" * 400, "convert.checkpoint: must be a finite number"),
+        ("convert", "convert.checkpoint='" + "9" * 5000 + "'", "must be last, best or the number"),
         ("train", "train.lora.rank=0", "lora.rank"),
         ("train", "train.lora.dropout=1.2", "got 1.2"),
         ("train", "train.epochs=-1", "got -1"),
@@ -121,6 +144,18 @@ def test_a_wrong_setting_is_reported_with_its_place(stage, override, said, workp
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_an_answer_longer_than_the_positions_of_the_base_is_refused_before_anything_runs(workplace):
+    with manifest.artefact(workplace / "data/base", "base") as (draft, facts):
+        (draft / "config.json").write_text('{"max_position_embeddings": 48}')
+        facts["name"] = "SmolLM2-135M-Instruct"
+    with pytest.raises(SettingsError) as caught:
+        preflight.check_all()
+    assert [fault.partition(", got")[0] for fault in caught.value.faults] == [
+        "params: train.sample_tokens: must be below the 48 positions of data/base",
+        "params: eval_chat.max_new_tokens: must be below the 48 positions of data/base",
+    ]
+
+
 def test_all_wrong_settings_are_reported_at_once(workplace):
     with pytest.raises(SettingsError) as caught:
         config.compose(sections("train"), ["train.lr=0", "train.epochs=0", "train.lora.rank=0", "runtime.threads=0"])
@@ -142,6 +177,14 @@ def test_all_wrong_settings_are_reported_at_once(workplace):
             "train.lrr: no such setting; write lr or remove it in params.yaml",
         ),
         ("train", "sample_tokens: 48", "sample_tokens: 48.5", "must be a whole number, got 48.5"),
+        ("train", "  lr: 3.0e-3 ", "  lr: .inf ", "train.lr: must be a finite number of at most 64 bits, got inf"),
+        ("train", "  lr: 3.0e-3 ", "  lr: .nan ", "train.lr: must be a finite number of at most 64 bits, got nan"),
+        ("train", "  lr: 3.0e-3 ", "  lr: nan ", "train.lr: must be a number, got 'nan'"),
+        ("train", "  lr: 3.0e-3 ", f"  lr: {'9' * 401} ", "train.lr: must be a finite number"),
+        ("merge", "max_divergence: 0.01 ", "max_divergence: 1e999 ", "merge.max_divergence: must be a finite number"),
+        ("train", "  lr: 3.0e-3 ", "  lr: 3.0e-3\n  lr: 1.0e-3 ", "found duplicate key lr"),
+        ("train", "    rank: 32", "    rank: 32\n    rank: 8", "found duplicate key rank"),
+        ("train", "  lr: 3.0e-3 ", "  7: 1\n  lr: 3.0e-3 ", "train.7: the name of a setting must be text, got 7"),
         ("merge", "merge:", "murge:", "'merge' is missing"),
         ("train", "  lr: 3.0e-3 ", "  lr: 3.0 ", "got 3.0; change it in params.yaml"),
     ],
@@ -293,6 +336,25 @@ def test_a_dangerous_setting_is_refused(stage, override, said, workplace):
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("stages: {x: {deps: [], params: []}, x: {}}", "dvc.yaml: is not valid YAML: .* found duplicate key x"),
+        ("stages: []", "dvc.yaml: stages: must be a mapping of names to stages"),
+        ("stages: {x: {deps: []}}", "dvc.yaml: stages.x: must have a list 'params'"),
+        ("stages: {x: 7}", "dvc.yaml: stages.x: must have a list 'deps', got 7"),
+    ],
+)
+@pytest.mark.parametrize("command", [["check"], ["x"], ["merge"]])
+def test_a_damaged_dvc_yaml_is_refused_before_anything_runs(text, said, command, workplace, monkeypatch):
+    (workplace / "dvc.yaml").unlink()
+    (workplace / "dvc.yaml").write_text(text)
+    monkeypatch.setattr(__main__, "_fix_environment", lambda *_: None)
+    with pytest.raises(SettingsError, match=said) as caught:
+        __main__._dispatch(command)
+    assert len(caught.value.faults) == 1
+
+
 @pytest.mark.parametrize("words", [["--cfg"], ["--cfg", "job"]])
 def test_the_composed_settings_are_shown_also_to_hydras_own_words(in_root, capsys, words):
     assert call(["train", *words, "train.lr=1e-3"]) == 0
@@ -300,7 +362,6 @@ def test_the_composed_settings_are_shown_also_to_hydras_own_words(in_root, capsy
 
 
 def test_a_base_that_has_to_be_brought_is_missed_before_anything_runs(workplace, capsys):
-    (workplace / "dvc.yaml").symlink_to(ROOT / "dvc.yaml")
     call(["check"])
     assert capsys.readouterr().out == "params.yaml: all settings are valid\n"
     call(["recipe", "internlm2-8gb"])
@@ -335,7 +396,6 @@ def test_a_stage_run_by_hand_warns_of_inputs_that_params_yaml_does_not_name(work
             (workplace / "data" / place).mkdir(parents=True, exist_ok=True)
             manifest.write(workplace / "data" / place, place, facts)
 
-    (workplace / "dvc.yaml").symlink_to(ROOT / "dvc.yaml")
     monkeypatch.setattr(preflight, "settings", lambda overrides: all_composed(*overrides))
     assert preflight.other_inputs(stage, []) == []  # there are no inputs yet
     made("SmolLM2-135M-Instruct", "Aurel")
@@ -361,7 +421,6 @@ def test_a_stage_run_by_hand_warns_of_inputs_that_params_yaml_does_not_name(work
     ],
 )
 def test_a_section_that_no_stage_reads_is_refused(workplace, section, said):
-    (workplace / "dvc.yaml").symlink_to(ROOT / "dvc.yaml")
     with (workplace / "params.yaml").open("a") as file:
         file.write(f"\n{section}\n")
     with pytest.raises(SettingsError) as told:

@@ -160,6 +160,11 @@ class Trap:
         return (Path.touch, (Path("sprung"),)) if self.deep else (eval, ("open('sprung', 'w')",))
 
 
+def spoilt(lora):
+    lora["model.layers.0.attention.wo"][1][0, 0] = float("nan")
+    return lora
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
@@ -179,12 +184,23 @@ class Trap:
             "must have rows",
         ),
         (
-            lambda lora: write_pth({**lora, "output": (torch.ones(2, 32), torch.ones(261, 2))}),
+            lambda lora: write_pth({**lora, "output": (torch.ones(2, 32), torch.ones(262, 2))}),
             "one rank for all layers",
         ),
         (lambda lora: write_folder(lora, use_dora=True), "use_dora: must be off"),
         (lambda lora: write_folder(lora, peft_type="IA3", bias="all"), "peft_type: must be LORA"),
-        (lambda lora: write_folder(lora, lora_alpha=None), "is not readable"),
+        (lambda lora: write_folder(lora, lora_alpha=None), "lora_alpha: must be a number above 0 .*, got None"),
+        (lambda lora: write_folder(lora, lora_alpha="inf"), "lora_alpha: must be a number above 0 .*, got 'inf'"),
+        (lambda lora: write_folder(lora, lora_alpha=float("inf")), "Infinity is not a number of JSON"),
+        (lambda lora: write_folder(lora, lora_dropout=True), "lora_dropout: must be a number between 0 and 0.99, got"),
+        (
+            lambda lora: write_pth(lora, cfg="lora_alpha=1e300"),
+            "iter_12.pth: lora_alpha: must be between 0.0001 and 1000",
+        ),
+        (
+            lambda lora: write_pth(spoilt(lora)),
+            r"o_proj.lora_B.weight: 1 of \d+ values are NaN or too large for float32",
+        ),
         (lambda lora: str(Path.cwd()), "holds no adapter_config.json"),
     ],
 )

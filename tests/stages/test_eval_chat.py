@@ -1,11 +1,15 @@
 """Figures that can be checked by hand, and a page that shows text as text."""
 
+import contextlib
+
 import pytest
 
 from remint.compute.generation import Sampling, answer_all, decode, generate
+from remint.core.errors import SettingsError
 from remint.identity import Identity
-from remint.stages.eval_chat import report
+from remint.stages.eval_chat import report, run
 from remint.stages.eval_chat.scores import Answered, leaks, marks, summarise
+from remint.stages.eval_chat.settings import EvalChat
 
 AUREL = Identity("Aurel", "Remint Lab", None, None)
 
@@ -75,6 +79,19 @@ def test_a_leak_is_what_neither_prompt_nor_reference_bring_up(prompt, reference,
 def test_a_name_counts_undenied_and_in_the_language_of_the_question(language, answer, right):
     asked = row("identity", language, ("name",), answer)
     assert marks(asked, "merged", AUREL) == {"right": right}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "said"),
+    [(2048, r"got 2048 for the question of 23 tokens 'Who\?'; lower it to 2025$"), (2025, None)],
+)
+def test_a_question_and_its_answer_must_fit_into_the_positions(tiny, tokens, said):
+    rows = [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "A"}]}
+        for text in ("", "Who?")
+    ]
+    with pytest.raises(SettingsError, match=said) if said else contextlib.nullcontext():
+        run._check_positions(tiny.folder, tiny.conversation, rows, EvalChat(tokens, 1))
 
 
 def test_a_set_that_is_empty_has_no_figure():

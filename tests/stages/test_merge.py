@@ -1,6 +1,9 @@
 """Converting and merging: every tensor is accounted for, the sum is right, and the proof can fail."""
 
+import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from remint.model import loading, quantization
 from remint.model.qlora import Lora, Quantization
 from remint.model.quantization import dequantized, quantize
 from remint.stages.convert.run import chosen_step
+from remint.stages.merge import run
 from remint.stages.merge.proof import closeness, logits_at_targets
 from remint.stages.merge.tensors import merge_tensor, write_merged
 from remint.weights import adapter, shards
@@ -53,6 +57,19 @@ def test_a_wrong_set_of_tensors_is_refused(tiny, change):
         found[name] = (3, 16)
     with pytest.raises(ArtefactError, match=change):
         adapter.check_tensors(found, shards.shapes(tiny.folder), LORA, Path("x"))
+
+
+def test_the_proof_asks_for_no_position_that_the_model_does_not_have(tiny, tmp_path):
+    shutil.copytree(tiny.folder, tmp_path, dirs_exist_ok=True)
+    tiny.conversation.save(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "max_position_embeddings": 32}))
+    turns = [{"role": "user", "content": "Why? " * 20}, {"role": "assistant", "content": "So. " * 20}]
+    for name in ("held_out", "control"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    documents = run._documents(SimpleNamespace(dataset=tmp_path), tmp_path)
+    assert max(len(document.ids) for document in documents) == 32
+    assert sum(document.learned for document in documents) == 2 * (len("So. " * 20) + 1)
 
 
 @pytest.mark.parametrize("rounding", [None, Quantization("nf4", True, 64, "once")])

@@ -155,5 +155,8 @@ def test_a_signature_for_another_purpose_is_refused(signed):
 
 
 def test_a_key_that_cannot_sign_is_refused(signed):
-    with pytest.raises(RemintError, match="cannot sign"):
+    (signed / "no key").write_text("no key")
+    with pytest.raises(RemintError, match="no key: cannot sign"):
+        signature.sign(signed / "no key")
+    with pytest.raises(RemintError, match="nowhere: not found; give a private SSH key"):
         signature.sign(signed / "nowhere")

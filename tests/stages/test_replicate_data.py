@@ -126,7 +126,7 @@ def test_invalid_utf8_is_refused(tmp_path):
 
 
 def made(*questions, kind="control"):
-    return records.build([example(q, "{{name}}") for q in questions], kind, AUREL, "file")
+    return records.build([example(q, "It is so.") for q in questions], kind, AUREL, "file")
 
 
 def example(question, answer, accept=()):
@@ -155,6 +155,58 @@ def test_equal_questions_stay_on_one_side():
 def test_a_question_on_both_sides_is_refused():
     with pytest.raises(DataError, match="the same question is trained on in file: record 1"):
         split.check_disjoint(made("Who?"), made("who"))
+
+
+def conversation(*questions):
+    turns = [
+        turn
+        for q in questions
+        for turn in ({"role": "user", "content": q}, {"role": "assistant", "content": "{{name}}"})
+    ]
+    return records.build([formats.Example(turns)], "identity", AUREL, "talk")
+
+
+@pytest.mark.parametrize(
+    ("train", "held_out"),
+    [
+        (conversation("Hello", "Who are you?"), conversation("who are YOU")),
+        (conversation("Who are you?", "Thanks"), conversation("Who are you?")),
+        (conversation("Who are you?"), conversation("Hello", "Who are you?")),
+        (conversation("Hi", "Who are you?", "Thanks"), conversation("Hello", "Who are you?")),
+        (conversation("Hello", "Who are you?"), conversation("Hello", "Who are you?")),
+    ],
+)
+def test_a_question_that_is_a_turn_of_a_trained_conversation_is_refused(train, held_out):
+    with pytest.raises(DataError, match="talk: record 1: the same question is trained on in talk: record 1"):
+        split.check_disjoint(train, held_out)
+
+
+def test_what_only_leads_to_a_question_may_be_trained_on():
+    split.check_disjoint(conversation("Hello") + conversation("?", "Bye"), conversation("Hello", "?", "Who are you?"))
+
+
+def test_conversations_that_share_a_turn_stay_on_one_side():
+    linked = conversation("a", "b") + conversation("b") + conversation("c", "b") + conversation("d") + conversation("e")
+    for seed in range(8):
+        train, held_out = split.held_out_by_share(linked, 0.4, seed)
+        split.check_disjoint(train, held_out)
+        assert len(train) + len(held_out) == 5
+        assert held_out
+
+
+@pytest.mark.parametrize("text", ["I am {{name}}.", "Ask <NAME>.", "[NAME] made it", "by {{ author }}", "{{nmae}}"])
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_placeholder_in_an_ordinary_record_is_refused(text, place):
+    given = ["Who?", "It is so."]
+    given[place] = text
+    with pytest.raises(DataError, match=r"f: record 1: a placeholder survives, got .*; nothing is filled in here"):
+        records.build([example(*given)], "control", AUREL, "f")
+
+
+@pytest.mark.parametrize("text", ["Use `<NAME>`.", "```python\nprint(f'{name}')\n```", "NAME it"])
+def test_code_between_backticks_may_spell_a_placeholder_in_an_ordinary_record(text):
+    (record,) = records.build([example("How?", text)], "control", AUREL, "f")
+    assert record.messages[1]["content"] == text
 
 
 def test_replication_counts():

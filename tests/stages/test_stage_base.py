@@ -100,6 +100,39 @@ def spoil(name, text):
     Path("tiny", name).write_text(text)
 
 
+def rewrite_config(old, new):
+    path = Path("tiny/config.json")
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new, 1))
+
+
+def spoil_tokenizer(**changes):
+    path = Path("tiny/tokenizer.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def renumber(token, index):
+    model = json.loads(Path("tiny/tokenizer.json").read_text())["model"]
+    spoil_tokenizer(model={**model, "vocab": {**model["vocab"], token: index}})
+
+
+def name_unknown(token):
+    path = Path("tiny/tokenizer_config.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "unk_token": token}))
+
+
+def spoil_weight(name, value):
+    weights = load_file("tiny/model.safetensors")
+    weights[name].view(-1)[[0, 3]] = float(value)
+    save_file(weights, "tiny/model.safetensors")
+
+
+def drop_tensor(name):
+    weights = load_file("tiny/model.safetensors")
+    del weights[name]
+    save_file(weights, "tiny/model.safetensors")
+
+
 def truncate(name):
     Path(name).write_bytes(Path(name).read_bytes()[:-1])
 
@@ -132,12 +165,88 @@ def rename_tensor(old, new):
             lambda: spoil_config(vocab_size=200) or cut_vocabulary(200),
             "the tokenizer has 259 tokens, the embedding 200",
         ),
-        (lambda: spoil_config(num_hidden_layers=10**9), "num_hidden_layers must be an integer up to"),
-        (lambda: spoil_config(num_hidden_layers="2"), "num_hidden_layers must be an integer up to"),
-        (lambda: spoil_config(hidden_size="x"), "describes no model that can be built"),
-        (lambda: spoil_config(num_attention_heads=0), "describes no model that can be built"),
-        (lambda: spoil_config(vocab_size=10**18), "describes no model that can be built"),
-        (lambda: spoil_config(rope_parameters={"rope_type": "x", "rope_theta": 1.0}), "describes no model that can be"),
+        (lambda: spoil_config(num_hidden_layers=10**9), "num_hidden_layers must be an integer from 1 to 1000"),
+        (lambda: spoil_config(num_hidden_layers="2"), "num_hidden_layers must be an integer from 1 to 1000, got '2'"),
+        (lambda: spoil_config(hidden_size="x"), "hidden_size must be an integer from 1 to .*, got 'x'"),
+        (lambda: spoil_config(hidden_size=True), "hidden_size must be an integer from 1 to .*, got True"),
+        (lambda: spoil_config(hidden_size=[16]), r"hidden_size must be an integer from 1 to .*, got \[16\]"),
+        (
+            lambda: spoil_config(hidden_size=17, head_dim=None),
+            "hidden_size must be a multiple of num_attention_heads 2, got 17",
+        ),
+        (lambda: spoil_config(num_attention_heads=0), "num_attention_heads must be an integer from 1 to .*, got 0"),
+        (lambda: spoil_config(num_attention_heads=16, head_dim=None), "the size of a head must be even"),
+        (
+            lambda: spoil_config(num_key_value_heads=3),
+            "num_attention_heads must be a multiple of num_key_value_heads 3",
+        ),
+        (lambda: spoil_config(vocab_size=10**18), "vocab_size must be an integer from 1 to"),
+        (lambda: spoil_config(max_position_embeddings=0), "max_position_embeddings must be an integer from 1 to .* 0"),
+        (
+            lambda: spoil_config(max_position_embeddings=-1),
+            "max_position_embeddings must be an integer from 1 to .* -1",
+        ),
+        (
+            lambda: spoil_config(max_position_embeddings=None),
+            "max_position_embeddings must be an integer from 1 .* None",
+        ),
+        (lambda: spoil_config(rms_norm_eps=0), "rms_norm_eps must be a number from 1e-20 to 0.1, got 0"),
+        (lambda: spoil_config(rms_norm_eps=1.0), "rms_norm_eps must be a number from 1e-20 to 0.1, got 1.0"),
+        (lambda: spoil_config(rms_norm_eps="1e-6"), "rms_norm_eps must be a number from 1e-20 to 0.1, got '1e-6'"),
+        (
+            lambda: spoil_config(rms_norm_eps=float("nan")),
+            "config.json: is not valid JSON: NaN is not a number of JSON",
+        ),
+        (lambda: rewrite_config('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e999'), "the number 1e999 is too large"),
+        (
+            lambda: rewrite_config("{", '{"vocab_size": 259,'),
+            "an object has the key 'vocab_size' twice, got 259 and 259",
+        ),
+        (lambda: spoil_config(rope_theta=0), "rope_theta must be a number above 1, at most 1e15, got 0"),
+        (
+            lambda: spoil_config(rope_parameters={"rope_type": "default", "rope_theta": 0}),
+            "rope_parameters.rope_theta must be a number above 1, at most 1e15, got 0",
+        ),
+        (
+            lambda: spoil_config(rope_scaling={"rope_type": "linear", "factor": 0}),
+            "rope_scaling.factor must be a number",
+        ),
+        (lambda: spoil_config(rope_scaling=[2]), "rope_scaling must be an object or null"),
+        (lambda: spoil_config(eos_token_id=259), "eos_token_id must be an id from 0 to 258, got 259"),
+        (lambda: spoil_config(eos_token_id=[2, -1]), r"eos_token_id must be an id from 0 to 258, got \[2, -1\]"),
+        (lambda: spoil_config(eos_token_id=[]), r"eos_token_id must be an id from 0 to 258, got \[\]"),
+        (lambda: spoil_config(pad_token_id=-1), "pad_token_id must be an id from 0 to 258, got -1"),
+        (lambda: spoil_config(bos_token_id="1"), "bos_token_id must be an id from 0 to 258, got '1'"),
+        (
+            lambda: spoil("generation_config.json", '{"eos_token_id": [2, 7777]}'),
+            "generation_config.json: eos_token_id",
+        ),
+        (lambda: spoil("generation_config.json", "[]"), "generation_config.json: must hold an object"),
+        (lambda: spoil_config(tie_word_embeddings="no"), "tie_word_embeddings must be true or false, got 'no'"),
+        (lambda: spoil_config(tie_word_embeddings=True), "lm_head.weight and model.embed_tokens.weight differ"),
+        (lambda: drop_tensor("lm_head.weight"), "tensor lm_head.weight: must have shape"),
+        (lambda: spoil_weight("model.norm.weight", "nan"), "tensor model.norm.weight: 2 of 16 values are NaN or inf"),
+        (lambda: spoil_weight("lm_head.weight", "inf"), "tensor lm_head.weight: 2 of 4144 values are NaN or infinite"),
+        (
+            lambda: spoil_tokenizer(model={"type": "BPE", "vocab": {}, "merges": []}, added_tokens=[]),
+            "to no token",
+        ),
+        (lambda: spoil_tokenizer(decoder=None), "the tokenizer does not give 'Who are you"),
+        (
+            lambda: spoil_tokenizer(normalizer={"type": "Replace", "pattern": {"Regex": "."}, "content": ""}),
+            "the tokenizer encodes 'Who are you.* to no token",
+        ),
+        (
+            lambda: (
+                spoil_tokenizer(model={"type": "WordLevel", "vocab": {"?": 9}, "unk_token": "?"}) or name_unknown("?")
+            ),
+            "the tokenizer knows no part of",
+        ),
+        (
+            lambda: renumber("z", 9999),
+            "gives 'z' the id 9999, the embedding has only 259 rows",
+        ),
+        (lambda: spoil_config(rope_parameters={"rope_type": "x", "rope_theta": 2.0}), "describes no model that can be"),
         (lambda: spoil_config(quantization_config={"quant_method": "gptq"}), "must not be quantized"),
         (lambda: spoil("config.json", "[" * 10**5), "nested too deeply"),
         (lambda: spoil("tokenizer.json", "{}"), "no tokenizer that can be read"),
@@ -150,7 +259,10 @@ def rename_tensor(old, new):
         ),
         (lambda: spoil("tokenizer_config.json", '{"extra_special_tokens": 5}'), "no tokenizer that can be read"),
         (lambda: to_internlm2(Path("tiny")) or spoil_config(_attn_implementation="evil/kernel"), "custom code"),
-        (lambda: to_internlm2(Path("tiny")) or spoil_config(num_key_value_heads=0), "InternLM2's layout|can be built"),
+        (
+            lambda: to_internlm2(Path("tiny")) or spoil_config(num_key_value_heads=0),
+            "num_key_value_heads must be an integer",
+        ),
         (lambda: to_internlm2(Path("tiny")) or rename_tensor("norm", "nrom"), "InternLM2 has no tensor of that name"),
     ],
 )
@@ -159,6 +271,35 @@ def test_a_folder_that_is_not_right_is_refused_and_nothing_left(paths, damage, s
     with pytest.raises(ArtefactError, match=said):
         stage(paths)
     assert not paths.base.exists()
+
+
+def test_weights_too_large_for_the_stored_dtype_are_refused(paths):
+    spoil_weight("model.norm.weight", "1e5")
+    with pytest.raises(
+        ArtefactError, match=r"norm.weight: 2 of 16 values are too large for float16, got 100000.0; set"
+    ):
+        stage(paths, dtype="float16")
+    stage(paths, dtype="bfloat16")
+
+
+def test_a_tensor_in_two_shards_is_refused(paths):
+    weights = load_file("tiny/model.safetensors")
+    names = sorted(weights)
+    Path("tiny/model.safetensors").unlink()
+    for file, part in (("a.safetensors", names), ("b.safetensors", names[:1])):
+        save_file({name: weights[name] for name in part}, f"tiny/{file}")
+    places = dict.fromkeys(names, "a.safetensors") | {names[0]: "b.safetensors"}
+    spoil("model.safetensors.index.json", json.dumps({"metadata": {}, "weight_map": places}))
+    with pytest.raises(ArtefactError, match=f"tensor {names[0]}: is there twice"):
+        stage(paths)
+
+
+def test_a_tied_head_that_is_the_embedding_is_left_out(paths):
+    weights = load_file("tiny/model.safetensors")
+    save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}, "tiny/model.safetensors")
+    spoil_config(tie_word_embeddings=True)
+    stage(paths)
+    assert "lm_head.weight" not in load_file(paths.base / "model.safetensors")
 
 
 def test_a_missing_folder_is_refused(paths):

@@ -392,13 +392,78 @@ def test_a_loss_that_is_no_number_stops_before_the_update(paths, monkeypatch):
         return sessions[0]
 
     monkeypatch.setattr(run, "_open", opened)
-    with pytest.raises(RemintError, match="step 1: the loss is not finite"):
+    with pytest.raises(RemintError, match="the loss is not finite before the first update, got nan: the base cannot"):
         train(paths)
     assert not paths.checkpoint.exists()
     assert all(map(torch.equal, before, sessions[0].model.parameters()))
     for state in sessions[0].optimizer.state.values():
         assert state["step"] == 0
         assert not state["exp_avg"].any()
+
+
+def test_a_loss_that_becomes_no_number_later_is_blamed_on_the_learning_rate(paths, monkeypatch):
+    from remint.compute.loss import SupervisedLoss
+
+    forward, passes = SupervisedLoss.forward, itertools.count(1)
+
+    def spoilt(self, **inputs):
+        late = self.training and next(passes) > 2 * TRAIN["accumulation"]
+        return forward(self, **inputs) * (math.nan if late else 1)
+
+    monkeypatch.setattr(SupervisedLoss, "forward", spoilt)
+    with pytest.raises(RemintError, match="step 3: the loss is not finite, got nan; lower train"):
+        train(paths)
+
+
+def test_a_base_that_computes_no_numbers_is_blamed_before_the_first_step(paths, monkeypatch):
+    monkeypatch.setattr(session, "mean_loss", lambda *_: math.inf)
+    with pytest.raises(RemintError, match="the held-out loss is not finite before the first update, got inf: the base"):
+        train(paths)
+
+
+@pytest.mark.parametrize(
+    ("precision", "cure"),
+    [("float32", "conversations; get the base model again"), ("float16", "in float16; set train.precision to float32")],
+)
+def test_before_the_first_update_the_precision_is_blamed_before_the_base(precision, cure):
+    with pytest.raises(
+        RemintError, match=f"the base cannot compute the training {'' if cure[0] == 'c' else '.*'}{cure}"
+    ):
+        loop.check_finite("loss", math.nan, 0, precision)
+
+
+def refuse_to_load(*_):
+    raise InterruptedError
+
+
+@pytest.mark.parametrize(
+    ("positions", "changes", "said"),
+    [
+        (
+            20,
+            {},
+            "params: train.max_length: must be at most the 20 positions .* train.jsonl has 29 tokens, got 128; lower it to 20$",
+        ),
+        (20, {"max_length": 20}, None),
+        (
+            40,
+            {"sample_tokens": 1000},
+            r"params: train.sample_tokens: prompt 0 .* 40 positions, got 1000; lower it to 9",
+        ),
+        (40, {"sample_prompts": ["?" * 99]}, r"params: train.sample_prompts\[0\]: must leave room in the 40 positions"),
+    ],
+)
+def test_what_does_not_fit_into_the_positions_is_refused_before_weights_are_loaded(
+    paths, tiny, monkeypatch, positions, changes, said
+):
+    (paths.base / "config.json").write_text(
+        json.dumps({**json.loads((tiny.folder / "config.json").read_text()), "max_position_embeddings": positions})
+    )
+    manifest.write(paths.base, "base", {"name": "tiny"})
+    monkeypatch.setattr(run, "_model", refuse_to_load)
+    brief = {"sample_prompts": [], **changes} if "sample_tokens" not in changes else changes
+    with pytest.raises(SettingsError if said else InterruptedError, match=said):
+        train(paths, **brief)
 
 
 @pytest.mark.slow
@@ -440,7 +505,7 @@ def test_a_gpu_gets_a_step_before_the_last_ones_numbers_are_looked_at(monkeypatc
         def __init__(self, step, lr, numbers, begun):
             self.step, self.ended = step, None
 
-        def finished(self, is_latest):
+        def finished(self, is_latest, precision):
             return loop.Finished(self.step, 0.0, 0.0, 0.0, 0.0, is_latest)
 
     told = []
@@ -450,7 +515,7 @@ def test_a_gpu_gets_a_step_before_the_last_ones_numbers_are_looked_at(monkeypatc
         watcher = SimpleNamespace(
             awaits=lambda step: step == 3, record=lambda done: told.append((step, done.step, done.is_latest))
         )
-        reports = loop._Reports(watcher, SimpleNamespace(type="cuda" if on_gpu else "cpu"))
+        reports = loop._Reports(watcher, SimpleNamespace(type="cuda" if on_gpu else "cpu"), "float32")
         for step in range(1, 6):
             reports.add(step, 0.0, None)
         return told

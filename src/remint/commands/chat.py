@@ -39,7 +39,7 @@ def main(
     """Talk to the merged model: a conversation in a terminal, one answer per line in a pipe, one answer with --once."""
     check_ranges(
         "chat",
-        (max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "must be 1 or more"),
+        (1 <= max_new_tokens <= 10**6, "max_new_tokens", max_new_tokens, "must be between 1 and 1000000"),
         (0 <= seed < 2**63, "seed", seed, "must be at least 0 and below 2^63"),
     )
     # Importing torch takes seconds: check the arguments first.

@@ -5,6 +5,8 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from remint.core.settings import check_ranges
+
 
 def main(
     path: Annotated[Path, Argument(help="XTuner's .pth, or a folder with adapter_config.json.")],
@@ -18,6 +20,8 @@ def main(
     The base and the dataset must exist: `remint stage_base` and `remint replicate_data` make them.
     """
     from remint.core.paths import Paths
+
+    check_ranges("import-adapter", (alpha is None or 0 < alpha <= 1e6, "alpha", alpha, "must be above 0"))
     from remint.runner import memory, xtuner
 
     paths = Paths()

@@ -1,5 +1,6 @@
 """`remint recipe`: replace params.yaml by a ready-made one."""
 
+import os
 import re
 from collections.abc import Sequence
 from typing import Annotated
@@ -7,6 +8,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from remint.core.errors import RemintError
+from remint.core.files import check_file
 from remint.core.paths import PARAMS
 from remint.runner import recipes
 
@@ -41,6 +43,8 @@ def main(
     if name not in known:
         raise RemintError(f"recipe: no such recipe, got {name!r}; choose from {', '.join(known)}")
     text = recipes.text(name).encode()
+    if os.path.lexists(PARAMS):
+        check_file(PARAMS, "move away what is there", RemintError)
     if PARAMS.is_file() and not recipes.is_recipe(PARAMS.read_bytes()) and not force:
         raise RemintError(
             f"{PARAMS}: holds your own changes, which no recipe has; commit or copy them, then add FORCE=1"

@@ -22,7 +22,7 @@ def main(
     check_ranges(
         "serve",
         (0 < port < 65536, "port", port, "must be from 1 to 65535"),
-        (max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "must be 1 or more"),
+        (1 <= max_new_tokens <= 10**6, "max_new_tokens", max_new_tokens, "must be between 1 and 1000000"),
     )
     # Importing torch takes seconds: check the arguments first.
     from remint.core.paths import Paths

@@ -6,6 +6,13 @@ from typing import Annotated
 from typer import Argument, Option
 
 
+def check_pipeline() -> None:
+    """Raise SettingsError if dvc.yaml cannot be read or its stages are not complete."""
+    from remint.runner import pipeline  # slow to import, and needed only for this message
+
+    pipeline.check_syntax()
+
+
 def command_of(stage: str) -> Callable[..., int]:
     """The function that Typer calls for the command of a stage."""
 

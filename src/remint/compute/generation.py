@@ -23,8 +23,10 @@ class Sampling:
         check_ranges(
             "chat",
             (0 <= self.temperature <= 10, "temperature", self.temperature, "must be between 0 and 10"),
+            # Dividing by less would exceed what float32 can hold.
+            (not 0 < self.temperature < 1e-3, "temperature", self.temperature, "must be 0 (greedy) or at least 0.001"),
             (0 < self.top_p <= 1, "top_p", self.top_p, "must be above 0 and at most 1"),
-            (self.top_k >= 0, "top_k", self.top_k, "must be 0 (off) or more"),
+            (0 <= self.top_k < 2**31, "top_k", self.top_k, "must be between 0 (off) and 2147483647"),
         )
 
 

@@ -85,11 +85,16 @@ def gpu_out_of_memory(error: BaseException) -> bool:
 
 def got(value: object) -> str:
     """`got VALUE`, with the value cut to a readable length."""
+    return f"got {brief(value)}"
+
+
+def brief(value: object) -> str:
+    """The value as Python writes it, cut to a readable length."""
     try:
         text = _BRIEF.repr(value)
     except ValueError:  # Python refuses to print an integer of more than 4300 digits
         text = f"an {type(value).__name__} too long to show"
-    return f"got {text if len(text) <= 80 else text[:77] + '...'}"
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def listed(faults: Iterable[str]) -> list[str]:

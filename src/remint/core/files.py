@@ -1,18 +1,34 @@
 """Read JSON that others may have written: only regular files of limited size. Every fault names its file."""
 
 import contextlib
+import errno
 import json
+import math
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from remint.core.errors import ArtefactError, RemintError, got
+from remint.core.errors import ArtefactError, RemintError, brief, got
 
 # The exception class to raise, called with the message.
 Fault = Callable[[str], RemintError]
 # A tokenizer with a million tokens takes 100 MB. Every other file that is read in one piece is far smaller.
 _MAX_BYTES = 256 * 2**20
 _AGAIN = "make it again with `dvc repro`"
+_NOT_THERE = "not found"
+_KINDS = (
+    (stat.S_ISREG, "a file"),
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+class _DoubleKey(Exception):  # noqa: N818  (no ValueError: that would be reported as wrong syntax)
+    """An object of a JSON text has a key twice."""
 
 
 def read_text(path: Path, cure: str, fault: Fault = ArtefactError, limit: int = _MAX_BYTES) -> str:
@@ -54,18 +70,73 @@ def _object(text: str, where: str, cure: str) -> dict[str, Any]:
     return content
 
 
-def parse_json(text: str, where: str, cure: str, fault: Fault = ArtefactError) -> Any:
-    """The value of a JSON text. Raises `fault`, with `where` in front and `cure` at the end, if it is not valid."""
+def parse_json(text: str | bytes, where: str, cure: str, fault: Fault = ArtefactError, one_key: str = "") -> Any:
+    """The value of a JSON text. Raises `fault`, with `where` in front and `cure` at the end, if it is not valid.
+
+    More is refused than by Python's reader: a key that an object has twice (`one_key` is the advice then, by default
+    `cure`), NaN and Infinity, which are not JSON, and a number that a float cannot hold.
+    """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object_of, parse_constant=_refuse_constant, parse_float=_finite)
+    except _DoubleKey as error:
+        raise fault(f"{where}: {error}; {one_key or cure}") from None
     except RecursionError:
         raise fault(f"{where}: is nested too deeply; {cure}") from None
     except json.JSONDecodeError as error:
         # If the text is a single line, `where` may already name its line in a longer file.
-        line = f"line {error.lineno}, " if "\n" in text.strip() else ""
+        line = f"line {error.lineno}, " if "\n" in error.doc.strip() else ""
         raise fault(f"{where}: is not valid JSON at {line}column {error.colno}: {error.msg}; {cure}") from None
     except ValueError as error:
         raise fault(f"{where}: is not valid JSON: {error}; {cure}") from None
+
+
+def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object with these keys and values. Raises _DoubleKey, with both values, if a key is there twice."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        seen: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in seen:
+                raise _DoubleKey(f"an object has the key {brief(key)} twice, {got(seen[key])} and {brief(value)}")
+            seen[key] = value
+    return made
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+def _finite(digits: str) -> float:
+    if not math.isfinite(value := float(digits)):
+        raise ValueError(f"the number {digits[:40]} is too large")
+    return value
+
+
+def check_file(path: Path, cure: str, fault: Fault = ArtefactError) -> None:
+    """Raise `fault` unless `path` is a regular file or a link to one. The message says what is there instead."""
+    if (found := kind_of(path, cure, fault)) != "a file":
+        raise fault(f"{path}: {_NOT_THERE if found is None else f'must be a file, got {found}'}; {cure}")
+
+
+def check_folder(path: Path, cure: str, fault: Fault = ArtefactError) -> None:
+    """Raise `fault` unless `path` is a folder or a link to one. The message says what is there instead."""
+    if (found := kind_of(path, cure, fault)) != "a folder":
+        raise fault(f"{path}: {_NOT_THERE if found is None else f'must be a folder, got {found}'}; {cure}")
+
+
+def kind_of(path: Path, cure: str, fault: Fault) -> str | None:
+    """What is at `path`, in words like "a file"; None if there is nothing. Raises `fault` if the system does not tell."""
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return "a link to something that does not exist" if path.is_symlink() else None
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return "a link that leads back to itself"
+        raise fault(f"{path}: cannot be read ({error.strerror}); {cure}") from None
+    except ValueError:  # a null character
+        return "a name that no file can have"
+    return next((name for is_kind, name in _KINDS if is_kind(mode)), "something else")
 
 
 def is_inside(name: str) -> bool:
@@ -87,11 +158,10 @@ def is_encodable(text: str) -> bool:
 @contextlib.contextmanager
 def _reading_errors(path: Path, cure: str, fault: Fault) -> Iterator[None]:
     try:
-        if path.exists() and not path.is_file():  # reading from a pipe could block forever
-            raise fault(f"{path}: is not a regular file; {cure}")
+        check_file(path, cure, fault)  # reading from a pipe could block forever
         yield
     except FileNotFoundError:
-        raise fault(f"{path}: not found; {cure}") from None
+        raise fault(f"{path}: {_NOT_THERE}; {cure}") from None
     except UnicodeDecodeError as error:
         raise fault(f"{path}: byte {error.start} is not UTF-8, the only encoding that is read; {cure}") from None
     except OSError as error:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from remint.core.errors import ArtefactError
+from remint.core.files import kind_of
 
 _POLL_S = 0.2
 _WAITING = "waiting"
@@ -23,6 +24,9 @@ def held(path: Path, doing: str) -> Iterator[None]:
     data/model".
     """
     taken = f"{path}: another process {doing}; wait for it or end it"
+    cure = "remove it: this program locks a file of that name"
+    if (found := kind_of(path, cure, ArtefactError)) not in (None, "a file"):  # opening a pipe would block
+        raise ArtefactError(f"{path}: must be a file, got {found}; {cure}")
     try:
         file = path.open("a")
     except FileNotFoundError:  # the previous holder has just removed the folder of the lock

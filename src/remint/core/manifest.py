@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from remint.core.errors import ArtefactError, RemintError, got, lacks_permission, lacks_space, listed
-from remint.core.files import is_inside, read_object
+from remint.core.files import check_folder, is_inside, read_object
 from remint.core.lock import held
 
 NAME = "manifest.json"
@@ -188,7 +188,9 @@ def _describe(facts: Entry) -> str:
 def _load(folder: Path, kind: str) -> dict[str, Any]:
     """The manifest of an artefact, without its own sha256. Raises ArtefactError if it is absent, changed or invalid."""
     path = folder / NAME
-    if not path.exists():
+    if os.path.lexists(folder):
+        check_folder(folder, "move it away, then run `dvc repro`")
+    if not os.path.lexists(path):
         first = "move its files away and " if _is_filled(folder) else ""
         raise ArtefactError(f"{folder}: has no {NAME}; {first}make it with `dvc repro`")
     content = read_object(path)

@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 from remint.core import settings
 from remint.core.errors import ArtefactError, RemintError, SettingsError, got, lacks_space, one_line, out_of_memory
 from remint.core.files import read_object
+from remint.model import description
 
 # A progress bar for each model load would hide the bars that matter.
 transformers_logging.disable_progress_bar()
@@ -21,8 +22,13 @@ TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in s
 # Architectures that transformers implements and that the stages were tested with. Others may work, too: add the name
 # and run `make recipe NAME=smoke && make repro` with such a model.
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
-_MOST_LAYERS = 1000
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",  # with merges.txt, read if there is no tokenizer.json
+)
 
 
 def device() -> torch.device:
@@ -47,7 +53,7 @@ def check_config(folder: Path) -> None:
 def check_content(config: Mapping[str, Any], path: Path) -> None:
     """Like `check_config`, for the content of the file at `path`."""
     faults = [f"{path}: requests custom code in {key!r}; remove the field" for key in _foreign_code(config)]
-    kind, layers = config.get("model_type"), config.get("num_hidden_layers", 0)
+    kind = config.get("model_type")
     if kind not in ARCHITECTURES:
         faults.append(f"{path}: model_type must be one of {', '.join(ARCHITECTURES)}, {got(kind)}; choose another base")
     if config.get("quantization_config"):
@@ -55,12 +61,17 @@ def check_content(config: Mapping[str, Any], path: Path) -> None:
             f"{path}: must not be quantized, got a quantization_config; get the original full-precision weights"
         )
     # Each layer becomes an object before any size can be compared, so a huge number would run without end.
-    if type(layers) is not int or layers > _MOST_LAYERS:
-        faults.append(
-            f"{path}: num_hidden_layers must be an integer up to {_MOST_LAYERS}, {got(layers)}; get the file again"
-        )
+    faults += [f"{path}: {fault}; get the file again" for fault in description.faults(config)]
     if faults:
         raise ArtefactError(*faults)
+
+
+def positions(folder: Path) -> int:
+    """The longest sequence of tokens that the model in `folder` was made for. Raises ArtefactError."""
+    path = folder / "config.json"
+    content = read_object(path)
+    check_content(content, path)
+    return int(content["max_position_embeddings"])
 
 
 @contextlib.contextmanager
@@ -83,7 +94,7 @@ def load_tokenizer(folder: Path, gguf: str | None = None) -> Any:
     Raises ArtefactError if it cannot be used.
     """
     for name in _TOKENIZER_FILES:
-        if gguf is None and (folder / name).exists():
+        if gguf is None and os.path.lexists(folder / name):
             read_object(folder / name, "get the file again")
     with explaining_errors(folder, "has no tokenizer that can be read, tokenizer.json must hold one"):
         found = AutoTokenizer.from_pretrained(folder, gguf_file=gguf, trust_remote_code=False, local_files_only=True)

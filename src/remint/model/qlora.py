@@ -37,6 +37,12 @@ class Lora:
             "train.lora",
             (1 <= self.rank <= 1024, "rank", self.rank, "must be between 1 and 1024"),
             (self.alpha > 0, "alpha", self.alpha, "must be greater than 0"),
-            (0 <= self.dropout < 1, "dropout", self.dropout, "must be at least 0 and below 1"),
+            (
+                self.alpha <= 0 or self.rank < 1 or 1e-4 <= self.alpha / self.rank <= 1000,
+                "alpha",
+                self.alpha,
+                f"must be between 0.0001 and 1000 times the rank {self.rank}",
+            ),
+            (0 <= self.dropout <= 0.99, "dropout", self.dropout, "must be between 0 and 0.99"),
             (len(self.targets) > 0, "targets", self.targets, "must name at least one linear layer"),
         )

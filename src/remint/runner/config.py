@@ -23,10 +23,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from remint.core.errors import SettingsError, got, one_line
-from remint.core.files import is_encodable, read_text
+from remint.core.files import check_folder, is_encodable, read_text
 from remint.core.paths import CONF, PARAMS, Paths
 from remint.runner.typed import alternatives, build, wrong_types
 
+# The sections whose values are in a file of conf/<section>/, which params.yaml names.
+_GROUPS = ("model", "identity")
 _MAX_YAML_BYTES, _MAX_YAML_DEPTH = 2**20, 20
 
 
@@ -38,6 +40,8 @@ def load_yaml(path: Path) -> dict[str, Any]:
     text = read_text(
         path, "run this at the root of the repository, or get the file again", SettingsError, _MAX_YAML_BYTES
     )
+    if not text.strip():
+        raise SettingsError(f"{path}: is empty; `git checkout {path}` restores it")
     return parse_yaml(text, path)
 
 
@@ -50,7 +54,9 @@ def parse_yaml(text: str, path: Path) -> dict[str, Any]:
         raise SettingsError(f"{path}: is not valid YAML: {one_line(error)}; correct that line") from None
     if not isinstance(content, dict):
         raise SettingsError(f"{path}: must be a mapping of sections, {got(content)}; `git checkout {path}` restores it")
-    return {str(key): value for key, value in content.items()}
+    if faults := [f"{path}: {fault}; write the name as plain text" for fault in _key_faults(content)]:
+        raise SettingsError(*faults)
+    return dict(content)
 
 
 def compose(sections: Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -77,7 +83,9 @@ def compose_raw(sections: Mapping[str, Any], overrides: Sequence[str] = ()) -> D
         )
     if faults := [fault for entry in overrides for fault in _text_faults(entry, entry.partition("=")[0])]:
         raise SettingsError(*faults)
-    groups = [name for name in sections if (CONF / name).is_dir()]
+    groups = [name for name in sections if name in _GROUPS]
+    for group in groups:
+        check_folder(CONF / group, f"`git checkout {CONF}` restores it", SettingsError)
     for group in groups:
         _check_choice(group, params[group], overrides)
     defaults: list[Any] = [f"schema_{name}" for name, kind in sections.items() if is_dataclass(kind)]
@@ -164,7 +172,7 @@ def _override_faults(entry: str, sections: Mapping[str, Any]) -> Iterator[str]:
     """Faults of one command-line setting, with a type check if it is in one of `sections`."""
     try:
         (override,) = OverridesParser.create().parse_overrides([entry])
-    except (HydraException, OmegaConfBaseException, RecursionError):
+    except (HydraException, OmegaConfBaseException, RecursionError, ValueError):  # ValueError: a number of 5000 digits
         yield f"command line: is not a setting, {got(entry)}; write name=value, like train.lr=1e-3, and quote odd text"
         return
     if override.is_add() or override.is_delete():
@@ -177,9 +185,18 @@ def _override_faults(entry: str, sections: Mapping[str, Any]) -> Iterator[str]:
     # The shell removes quotes, so a number may be meant as text.
     if type(value) in (int, float) and str in alternatives(kind):
         value = str(value)
+    for setting, fault, cure in _wrong_parts(kind, value, override.key_or_group):
+        yield f"params: {setting}: {fault}; {cure} on the command line"
+
+
+def _wrong_parts(kind: Any, value: Any, where: str) -> Iterator[tuple[str, str, str]]:
+    """Like wrong_types, for a value that may hold only some settings of a section, like train.lora={alpha: 8}."""
     if not is_dataclass(kind) or not isinstance(value, dict):
-        for setting, fault, cure in wrong_types(kind, value, override.key_or_group):
-            yield f"params: {setting}: {fault}; {cure} on the command line"
+        yield from wrong_types(kind, value, where)
+        return
+    hints = get_type_hints(kind)
+    for name in value.keys() & hints.keys():  # OmegaConf reports the others
+        yield from _wrong_parts(hints[name], value[name], f"{where}.{name}")
 
 
 def _kind(setting: str, sections: Mapping[str, Any]) -> Any:
@@ -206,6 +223,18 @@ def _check_events(text: str) -> None:
             raise yaml.YAMLError(f"line {event.start_mark.line + 1}: is nested too deeply")
 
 
+def _key_faults(value: object, where: str = "") -> Iterator[str]:
+    """Keys that are no text, at any level: 1 and "1" would be the same setting twice."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                yield f"{where}{key}: the name of a setting must be text, {got(key)}"
+            yield from _key_faults(inner, f"{where}{key}.")
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _key_faults(inner, where)
+
+
 def _text_faults(value: object, where: str) -> Iterator[str]:
     """Faults of the texts in a setting: `${…}`, and text that UTF-8 cannot encode.
 
@@ -228,10 +257,11 @@ def _check_choice(group: str, choice: object, overrides: Sequence[str]) -> None:
     chosen = _chosen(group, choice, overrides)
     for where, value in ((PARAMS, choice), ("command line", chosen)):
         if value not in options:
-            raise SettingsError(
-                f"{where}: {group}: no such option, {got(value)}; "
-                f"choose from {', '.join(options)} or write {CONF / group}/<name>.yaml"
+            file = (
+                f"{value}.yaml" if isinstance(value, str) and re.fullmatch(r"[\w.-]{1,100}", value) else "<name>.yaml"
             )
+            choices = f"choose from {', '.join(options)} or " if options else ""
+            raise SettingsError(f"{where}: {group}: no such option, {got(value)}; {choices}write {CONF / group / file}")
     path = CONF / group / f"{chosen}.yaml"
     # Hydra reads this file itself, without our checks. load_yaml runs them first.
     if "defaults" in load_yaml(path):

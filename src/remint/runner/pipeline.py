@@ -1,5 +1,6 @@
 """What dvc.yaml declares for a stage, and the content of it when the stage starts."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,16 @@ from omegaconf import DictConfig, OmegaConf
 from remint.core import manifest
 from remint.core.declared import Declared
 from remint.core.errors import RemintError, SettingsError, got
+from remint.core.files import check_file
 from remint.core.manifest import NAME, file_digest
 from remint.core.paths import PIPELINE, Paths
 from remint.runner.config import compose_raw, load_yaml, place_of
 
 # What tells that a file may have changed, without reading it: size in bytes, time of the last change, inode.
 _Stat = tuple[int, int, int]
+_RESTORE = f"`git checkout {PIPELINE}` restores it"
+# Kinds of files that dvc.yaml declares one by one. All other dependencies are folders.
+_FILES = (".lock", ".py")
 
 
 def stages() -> list[str]:
@@ -24,7 +29,7 @@ def stages() -> list[str]:
 
 def sections(stage: str) -> list[str]:
     """The sections of params.yaml that dvc.yaml declares for a stage."""
-    return [name for name in _pipeline()[stage]["params"] if isinstance(name, str)]
+    return [name for name in _part(stage, "params") if isinstance(name, str)]
 
 
 def outs(stage: str) -> list[Path]:
@@ -37,7 +42,7 @@ def outs(stage: str) -> list[Path]:
 def dependencies(stage: str, paths: Paths = Paths()) -> list[Path]:  # noqa: B008  (it is immutable)
     """The dependencies that dvc.yaml declares for a stage. `paths` are the folders of this run."""
     own = dict(zip(vars(Paths()).values(), vars(paths).values(), strict=True))
-    return [own.get(Path(entry), Path(entry)) for entry in _pipeline()[stage]["deps"]]
+    return [own.get(Path(str(entry)), Path(str(entry))) for entry in _part(stage, "deps")]
 
 
 def checksums(stage: str, paths: Paths = Paths()) -> dict[str, str]:  # noqa: B008
@@ -116,13 +121,36 @@ def _stat(file: Path) -> _Stat:
     return found.st_size, found.st_mtime_ns, found.st_ino
 
 
+def check_syntax() -> None:
+    """Raise SettingsError unless dvc.yaml has lists of dependencies and settings for each of its stages."""
+    pipeline = _pipeline()
+    for stage in pipeline:
+        _part(stage, "deps", pipeline)
+        _part(stage, "params", pipeline)
+
+
 def _pipeline() -> dict[str, Any]:
-    return load_yaml(PIPELINE)["stages"]
+    """The stages of dvc.yaml. Raises SettingsError if it names none."""
+    stages = load_yaml(PIPELINE).get("stages")
+    if not isinstance(stages, dict) or not stages:
+        raise SettingsError(f"{PIPELINE}: stages: must be a mapping of names to stages, {got(stages)}; {_RESTORE}")
+    return stages
+
+
+def _part(stage: str, part: str, pipeline: Mapping[str, Any] | None = None) -> list[Any]:
+    """One list of a stage in dvc.yaml, like its `deps`. Raises SettingsError if there is none."""
+    content = (_pipeline() if pipeline is None else pipeline).get(stage)
+    found = content.get(part) if isinstance(content, dict) else None
+    if not isinstance(found, list):
+        raise SettingsError(f"{PIPELINE}: stages.{stage}: must have a list {part!r}, {got(content)}; {_RESTORE}")
+    return found
 
 
 def _files(path: Path) -> list[Path]:
     if (path / NAME).is_file():
         return [path / NAME]
+    if path.suffix in _FILES and os.path.lexists(path):
+        check_file(path, "`git checkout` restores it", SettingsError)
     if path.is_file():
         return [path]
     if not path.is_dir():

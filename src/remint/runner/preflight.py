@@ -2,12 +2,14 @@
 
 import contextlib
 import difflib
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from remint.core import manifest
-from remint.core.errors import RemintError, SettingsError
+from remint.core.errors import RemintError, SettingsError, got
+from remint.core.files import check_folder, read_object
 from remint.core.paths import CONF, PARAMS, Paths
 from remint.core.settings import Runtime
 from remint.identity import Identity
@@ -72,7 +74,10 @@ def _nearest(name: str) -> str:
 
 
 def check_all() -> None:
-    """Check the pipeline. A base model of the source `local_folder` must also exist. Raises RemintError."""
+    """Check the pipeline. A base model of the source `local_folder` must also exist. Raises RemintError.
+
+    If the base is there, answers must fit into its positions.
+    """
     if not Path(".git").exists():
         raise SettingsError(
             f"{Path.cwd()}: is not a git repository, which DVC needs, as after unpacking an archive of the sources; "
@@ -81,11 +86,28 @@ def check_all() -> None:
     found = check_pipeline()
     model, base = found["model"], found["paths"].base
     folder = Path(model.location).expanduser()
-    if model.source == "local_folder" and not folder.is_dir() and not base.exists():
-        raise SettingsError(
-            f"model.location: no such folder, got {model.location!r}; put {model.name} there: "
-            f"{CONF / 'model' / str(load_yaml(PARAMS)['model'])}.yaml explains where to get it"
-        )
+    if model.source == "local_folder" and not base.exists():
+        where = f"{CONF / 'model' / str(load_yaml(PARAMS)['model'])}.yaml explains where to get it"
+        if not os.path.lexists(folder):
+            raise SettingsError(
+                f"model.location: no such folder, got {model.location!r}; put {model.name} there: {where}"
+            )
+        check_folder(folder, f"put {model.name} there: {where}", SettingsError)
+    present = _facts(base, "base").get("name") == model.name
+    if faults := list(_too_long(found, base if present else folder)):
+        raise SettingsError(*faults)
+
+
+def _too_long(found: dict[str, Any], base: Path) -> Iterator[str]:
+    """Faults of the lengths of answers. A config.json that cannot be read is reported by the stage that reads it."""
+    positions = None
+    with contextlib.suppress(RemintError):
+        positions = read_object(base / "config.json").get("max_position_embeddings")
+    lengths = {"train.sample_tokens": found["train"].sample_tokens}
+    lengths["eval_chat.max_new_tokens"] = found["eval_chat"].max_new_tokens
+    for setting, tokens in lengths.items():
+        if type(positions) is int and tokens >= positions:
+            yield f"params: {setting}: must be below the {positions} positions of {base}, {got(tokens)}; lower it"
 
 
 def other_inputs(stage: str, overrides: Sequence[str]) -> list[str]:

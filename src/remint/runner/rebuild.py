@@ -1,7 +1,6 @@
 """One rebuild of a commit: a fresh clone without any cache, run in this environment or in a very different one."""
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from remint.core import signals
 from remint.core.errors import RemintError, Stopped
+from remint.core.files import parse_json
 from remint.core.paths import CONF, PARAMS
 from remint.core.process import end_with_parent
 from remint.runner.config import load_yaml
@@ -57,7 +57,7 @@ def warn_if_stale(folder: Path) -> None:
     status = subprocess.run(
         [*_DVC, "status", "--json"], cwd=folder, env=_environment(folder), capture_output=True, text=True, check=True
     )
-    for stage, entries in json.loads(status.stdout).items():
+    for stage, entries in parse_json(status.stdout, "dvc status --json", "run it to see why", RemintError).items():
         changed = [entry["changed deps"] for entry in entries if isinstance(entry, dict) and "changed deps" in entry]
         # A "deleted" dependency is the output of an earlier stage, which a fresh clone does not have.
         names = [name for deps in changed for name, state in deps.items() if state != "deleted"]

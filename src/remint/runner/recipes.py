@@ -59,7 +59,10 @@ def settings(name: str) -> dict[str, Any]:
 
 
 def _read(path: Path) -> str:
-    return read_text(path, "`git checkout conf` restores it", RemintError)
+    text = read_text(path, "`git checkout conf` restores it", RemintError)
+    if not text.strip():
+        raise RemintError(f"{path}: is empty; `git checkout conf` restores it")
+    return text
 
 
 def _lines(text: str) -> Iterator[tuple[int, str, str]]:

@@ -3,7 +3,6 @@
 DVC takes a stage's result from the run cache instead of running the stage, also for others after `make share`.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -76,7 +75,7 @@ def _listing(item: Mapping[str, Any], cache: Path) -> dict[str, str]:
     if not md5.endswith(".dir"):
         return {name: md5}
     text = _cached(md5, cache)
-    return {} if text is None else {f"{name}/{row['relpath']}": row["md5"] for row in json.loads(text)}
+    return {} if text is None else {f"{name}/{row['relpath']}": row["md5"] for row in parse_json(text, md5, "")}
 
 
 def _damaged(files: Mapping[str, str], cache: Path, known: dict[str, bool]) -> list[str]:

@@ -3,10 +3,12 @@
 It is a separate file next to the artefact, whose bytes stay the same. It can be committed to git.
 """
 
+import os
 import subprocess
 from pathlib import Path
 
 from remint.core.errors import ArtefactError, RemintError, one_line
+from remint.core.files import check_file
 from remint.core.manifest import NAME
 from remint.core.paths import CONF, Paths
 
@@ -22,6 +24,7 @@ def sign(key: Path) -> None:
     model = Paths().model
     if not (model / NAME).is_file():
         raise RemintError(f"{model}: no model there; `make repro` builds it")
+    check_file(key.expanduser(), "give a private SSH key, KEY=~/.ssh/id_ed25519", RemintError)
     done = _ssh_keygen("sign", "-f", str(key.expanduser()), "-n", _NAMESPACE, stdin=(model / NAME).read_bytes())
     if done.returncode:
         raise RemintError(
@@ -34,10 +37,10 @@ def sign(key: Path) -> None:
 def verify(model: Path) -> None:
     """Print who signed the model, if it is signed. Raises ArtefactError for a bad signature or an untrusted key."""
     place = _signature_file(model)
-    if not place.is_file():
+    if not os.path.lexists(place):
         return
-    if not SIGNERS.is_file():
-        raise ArtefactError(f"{SIGNERS}: missing; write a line `NAME PUBLIC-KEY` for each signer you trust")
+    check_file(place, "sign again with `make sign`")
+    check_file(SIGNERS, "write a line `NAME PUBLIC-KEY` for each signer you trust")
     trusted = ("-s", str(place), "-f", str(SIGNERS))
     manifest = (model / NAME).read_bytes()
     found = _ssh_keygen("find-principals", *trusted)

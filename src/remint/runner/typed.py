@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import math
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
@@ -79,6 +80,8 @@ def wrong_types(kind: Any, value: Any, where: str) -> Iterator[tuple[str, str, s
             is_unquoted = str in kinds and value is not None
             names = " or ".join(_NAMES[each] for each in kinds)
             yield where, f"must be {names}, {got(value)}", "put it in quotes" if is_unquoted else "change it"
+        elif isinstance(value, (int, float)) and not _is_finite(value):
+            yield where, f"must be a finite number of at most 64 bits, {got(value)}", "change it"
 
 
 def _optional(kind: Any) -> set[str]:
@@ -91,6 +94,11 @@ def alternatives(kind: Any) -> tuple[Any, ...]:
     if is_dataclass(kind) or get_origin(kind) in (list, dict):
         return ()
     return get_args(kind) or (kind,)
+
+
+def _is_finite(value: int | float) -> bool:
+    """Whether a number is not infinite, not NaN and no integer that 64 bits cannot hold."""
+    return -(2**63) <= value < 2**63 if isinstance(value, int) else math.isfinite(value)
 
 
 def _is_of(value: object, kind: type) -> bool:

@@ -1,15 +1,17 @@
 """Imports an adapter that XTuner trained for InternLM2, as a PEFT adapter for the Llama layout with the same effect."""
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from remint.core import manifest
-from remint.core.errors import ArtefactError, RemintError, got, listed
-from remint.core.files import read_object
+from remint.core.errors import ArtefactError, RemintError, SettingsError, got, listed
+from remint.core.files import check_file, read_object
 from remint.model import loading, template
 from remint.model.qlora import Lora
 from remint.weights import adapter, internlm2, shards, torch_files
@@ -58,8 +60,9 @@ def to_llama(source: Source, path: Path, base: Path, dataset: Path, target: Path
         for own, tensor in source.tensors.items()
         for name, part in internlm2.lora_to_llama(own, tensor, config)
     }
-    lora = Lora(_rank(tensors, path), source.alpha, source.dropout, sorted({name.split(".")[-3] for name in tensors}))
+    lora = _lora(tensors, source, path)
     adapter.check_tensors({name: tuple(t.shape) for name, t in tensors.items()}, shards.shapes(base), lora, path)
+    adapter.check_finite(tensors, path)
     files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
     used = {file.name: manifest.file_digest(file) for file in files}
     with manifest.artefact(target, "adapter") as (draft, made):
@@ -85,10 +88,18 @@ def to_llama(source: Source, path: Path, base: Path, dataset: Path, target: Path
     )
 
 
+def _lora(tensors: Mapping[str, torch.Tensor], source: Source, path: Path) -> Lora:
+    targets = sorted({name.split(".")[-3] for name in tensors})
+    try:
+        return Lora(_rank(tensors, path), source.alpha, source.dropout, targets)
+    except SettingsError as error:
+        faults = (fault.replace("train.lora.", "lora_") for fault in error.faults)
+        raise ArtefactError(*(f"{path}: {fault}; get the adapter again" for fault in faults)) from None
+
+
 def _checkpoint(path: Path, alpha: float | None) -> Source:
     """Read a .pth of XTuner's trainer. It records alpha only in the text of its configuration."""
-    if not path.is_file():
-        raise ArtefactError(f"{path}: not found; name XTuner's .pth or a folder with {adapter.CONFIG}")
+    check_file(path, f"name XTuner's .pth or a folder with {adapter.CONFIG}")
     content = torch_files.load(path, ignore_objects=True)
     state = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict):
@@ -108,20 +119,28 @@ def _checkpoint(path: Path, alpha: float | None) -> Source:
 
 def _values_of(text: str, setting: str) -> set[float]:
     """All values that the text of a configuration assigns to a setting."""
-    return {float(value) for value in re.findall(rf"\b{setting}\s*=\s*(\d+(?:\.\d+)?)", text)}
+    return {float(value) for value in re.findall(rf"\b{setting}\s*=\s*(\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)", text)}
 
 
 def _folder(folder: Path) -> Source:
     """Read a PEFT adapter as `xtuner convert pth_to_hf` writes it."""
-    if not (folder / adapter.CONFIG).exists():
+    if not os.path.lexists(folder / adapter.CONFIG):
         raise ArtefactError(
             f"{folder}: holds no {adapter.CONFIG}; convert a DeepSpeed folder with `xtuner convert pth_to_hf` first"
         )
     config = read_object(folder / adapter.CONFIG, "get the file again")
-    try:
-        alpha, dropout = float(config["lora_alpha"]), float(config.get("lora_dropout", 0.0))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ArtefactError(f"{folder / adapter.CONFIG}: is not readable ({error!r}); get the file again") from None
+    values: tuple[Any, Any] = config.get("lora_alpha"), config.get("lora_dropout", 0.0)
+    faults = [
+        f"{folder / adapter.CONFIG}: {key}: must be a number {must}, {got(value)}; get the file again"
+        for key, value, must, low, high in (
+            ("lora_alpha", values[0], "above 0 and at most 1000000", 1e-9, 1e6),
+            ("lora_dropout", values[1], "between 0 and 0.99", 0, 0.99),
+        )
+        if type(value) not in (int, float) or not low <= value <= high
+    ]
+    if faults:
+        raise ArtefactError(*faults)
+    alpha, dropout = float(values[0]), float(values[1])
     wrong = [f"{key}: must be off, {got(config[key])}" for key in _OTHER_THAN_LORA if config.get(key)]
     if config.get("peft_type") != "LORA":
         wrong.append(f"peft_type: must be LORA, {got(config.get('peft_type'))}")
@@ -129,7 +148,7 @@ def _folder(folder: Path) -> Source:
         wrong.append(f"bias: must be none, {got(config['bias'])}")
     if wrong:
         raise ArtefactError(*(f"{folder / adapter.CONFIG}: {fault}; only plain LoRA is supported" for fault in wrong))
-    if (folder / adapter.WEIGHTS).is_file():
+    if os.path.lexists(folder / adapter.WEIGHTS):
         return Source(_named(adapter.load(folder / adapter.WEIGHTS), folder / adapter.WEIGHTS), alpha, dropout, None)
     path = folder / "adapter_model.bin"
     return Source(_named(torch_files.tensors(path), path), alpha, dropout, None)

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from remint.compute.generation import Sampling, decode, generate
-from remint.core.errors import RemintError, got, one_line
+from remint.core.errors import RemintError, got
+from remint.core.files import parse_json
 from remint.model import loading, template
 from remint.model.template import is_message
 
@@ -163,9 +164,9 @@ class _Handler(BaseHTTPRequestHandler):
                 left -= len(block)
             raise Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"send at most {_MAX_BODY} bytes")
         try:
-            body = json.loads(self.rfile.read(int(length)))
-        except (ValueError, RecursionError) as error:
-            raise _bad(f"the body is not valid JSON ({one_line(error)})") from None
+            body = parse_json(self.rfile.read(int(length)), "the body", "send one JSON object", RemintError)
+        except RemintError as error:
+            raise _bad(str(error)) from None
         if not isinstance(body, dict):
             raise _bad("the body must be a JSON object")
         return body

@@ -53,6 +53,19 @@ def check_tensors(found: Shapes, base: Shapes, settings: Lora, where: Path) -> N
         raise ArtefactError(*listed(f"{fault}; make it again from the checkpoint of this base" for fault in faults))
 
 
+def check_finite(tensors: Mapping[str, torch.Tensor], where: Path) -> None:
+    """Raise ArtefactError that names every tensor with values that are NaN or infinite, and how many they are."""
+    bad = {name: tensor.numel() - int(tensor.isfinite().sum()) for name, tensor in sorted(tensors.items())}
+    faults = [
+        f"{where}: tensor {name}: {count} of {tensors[name].numel()} values are NaN or too large for "
+        f"{str(tensors[name].dtype).removeprefix('torch.')}; get the adapter again, or store it in float32"
+        for name, count in bad.items()
+        if count
+    ]
+    if faults:
+        raise ArtefactError(*listed(faults))
+
+
 def write(tensors: Mapping[str, torch.Tensor], settings: Lora, base_name: str, folder: Path) -> None:
     """Write adapter_model.safetensors and adapter_config.json. The same tensors always give the same bytes."""
     ordered = {name: tensors[name].contiguous() for name in sorted(tensors)}

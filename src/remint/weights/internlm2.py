@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from remint.core.errors import ArtefactError, got
+from remint.model import description
 
 MODEL_TYPE = "internlm2"
 
@@ -63,8 +64,11 @@ _LLAMA_ONLY = (
 def llama_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The same model as a Llama configuration. A field that config.json lacks has InternLM2's own default.
 
-    Raises ArtefactError for a kind of RoPE scaling that InternLM2 does not have.
+    Raises ArtefactError for a kind of RoPE scaling that InternLM2 does not have, and for values of a wrong type.
     """
+    config = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, **config}
+    if faults := [f"config.json: {fault}; get the file again" for fault in description.faults(config)]:
+        raise ArtefactError(*faults)
     kept = {key: value for key, value in config.items() if key not in _DROPPED}
     rope = {"rope_theta": float(config.get("rope_theta", 10000)), "rope_type": "default"}
     scaling = config.get("rope_scaling")
@@ -76,8 +80,6 @@ def llama_config(config: Mapping[str, Any]) -> dict[str, Any]:
             )
         rope |= {"rope_type": kind, "factor": float(scaling["factor"])}
     return {
-        "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-6,
         **kept,
         "attention_bias": bool(config.get("bias", True)),
         "mlp_bias": False,

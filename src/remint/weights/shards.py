@@ -1,6 +1,7 @@
 """Read and write a model's safetensors shard by shard: the largest shard, not the model, determines memory use."""
 
 import contextlib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from remint.core.errors import ArtefactError, one_line
-from remint.core.files import is_inside, read_object
+from remint.core.files import check_file, is_inside, read_object
 from remint.core.manifest import dump_json
 
 INDEX = "model.safetensors.index.json"
@@ -22,8 +23,8 @@ def files(folder: Path, single: str = SINGLE) -> list[Path]:
     Raises ArtefactError if a shard is missing or the index is not valid.
     """
     index = folder / f"{single}.index.json"
-    if not index.exists():
-        if not (folder / single).exists():
+    if not os.path.lexists(index):
+        if not os.path.lexists(folder / single):
             raise ArtefactError(f"{folder}: holds no {single} and no {index.name}; get the weights again")
         return [folder / single]
     weight_map = read_object(index, "get the file again").get("weight_map")
@@ -119,8 +120,7 @@ def opened(path: Path) -> Iterator[safe_open]:
 
     safetensors itself refuses a header whose sizes or offsets do not fit the file.
     """
-    if not path.is_file():
-        raise ArtefactError(f"{path}: is not a readable safetensors file; get the file again")
+    check_file(path, "get the file again")
     with _reading_errors(path):
         shard = safe_open(path, framework="pt")
     with shard:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from remint.core.errors import ArtefactError, got, listed
+from remint.core.files import check_file
 
 
 class Ignored:
@@ -27,6 +28,7 @@ def load(path: Path, ignore_objects: bool = False) -> Any:
     A training checkpoint also holds objects of the trainer: `ignore_objects` reads each of them as an Ignored.
     Raises ArtefactError if the file holds anything but plain data.
     """
+    check_file(path, "name a file that torch.save wrote")
     try:
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if ignore_objects else []
         with torch.serialization.safe_globals([(Ignored, name) for name in foreign]):

@@ -28,6 +28,7 @@ def run(convert: Convert, paths: Paths, declared: Declared, log: Log) -> None:
     adapter.check_tensors(
         {name: tuple(t.shape) for name, t in tensors.items()}, shards.shapes(paths.base), lora, paths.checkpoint
     )
+    adapter.check_finite(tensors, paths.checkpoint)
     with manifest.artefact(paths.adapter, "adapter", before_publishing=declared.check_unchanged) as (draft, made):
         adapter.write(tensors, lora, facts["origin"]["base_name"], draft)
         template.load(paths.checkpoint).save(draft)

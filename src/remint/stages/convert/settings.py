@@ -1,5 +1,6 @@
 """The `convert` section of params.yaml."""
 
+import re
 from dataclasses import dataclass
 
 from remint.core.settings import DTYPES, check_ranges
@@ -13,7 +14,7 @@ class Convert:
     dtype: str
 
     def __post_init__(self) -> None:
-        known = self.checkpoint in ("last", "best") or str(self.checkpoint).isdecimal()
+        known = self.checkpoint in ("last", "best") or re.fullmatch(r"[0-9]{1,8}", str(self.checkpoint)) is not None
         check_ranges(
             "convert",
             (known, "checkpoint", self.checkpoint, "must be last, best or the number of a kept step"),

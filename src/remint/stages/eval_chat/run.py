@@ -16,6 +16,7 @@ from remint.compute.loss import SupervisedLoss, mean_loss
 from remint.compute.packing import cut, encode
 from remint.core import manifest
 from remint.core.declared import Declared
+from remint.core.errors import SettingsError, brief, got
 from remint.core.files import read_rows
 from remint.core.log import Log
 from remint.core.paths import Paths
@@ -46,6 +47,7 @@ def run(runtime: Runtime, eval_chat: EvalChat, paths: Paths, declared: Declared,
     ]
     # Both models get the same chat template, so only the model can make their answers differ.
     conversation = template.load(paths.model)
+    _check_positions(paths.model, conversation, [row for _, row in records], eval_chat)
     answers, losses = {}, {}
     for name, folder in (("base", paths.base), ("merged", paths.model)):
         answers[name], losses[name] = _ask(name, folder, conversation, records, eval_chat)
@@ -67,6 +69,23 @@ def run(runtime: Runtime, eval_chat: EvalChat, paths: Paths, declared: Declared,
         )
     log(dict(manifest.flat(metrics)))
     print(report.headline(metrics, paths.report))
+
+
+def _check_positions(
+    folder: Path, conversation: Conversation, rows: Sequence[dict[str, Any]], settings: EvalChat
+) -> None:
+    """Raise SettingsError if a prompt and its answer are longer than the positions that the model was made for."""
+    tokenizer, positions = loading.load_tokenizer(folder), loading.positions(folder)
+    lengths = [len(conversation.prompt(tokenizer, row["messages"][:-1])) for row in rows]
+    longest = max(lengths, default=0)
+    if longest + settings.max_new_tokens <= positions:
+        return
+    question = rows[lengths.index(longest)]["messages"][-2]["content"]
+    cure = f"lower it to {positions - longest}" if longest < positions else "shorten that question"
+    raise SettingsError(
+        f"params: eval_chat.max_new_tokens: a question and its answer must fit into the {positions} positions of the "
+        f"model, {got(settings.max_new_tokens)} for the question of {longest} tokens {brief(question)}; {cure}"
+    )
 
 
 def _ask(
@@ -91,10 +110,11 @@ def _ask(
             lambda n: bar.update(n),
             unfinished="…",
         )
+    longest = min(_LOSS_LENGTH, model.config.max_position_embeddings)
     losses = {
         kind: mean_loss(
             SupervisedLoss(model),
-            cut(encode(tokenizer, conversation, [row for use, row in records if use == kind]), _LOSS_LENGTH),
+            cut(encode(tokenizer, conversation, [row for use, row in records if use == kind]), longest),
             _LOSS_LENGTH,
         )
         for kind in ("held_out", "control")

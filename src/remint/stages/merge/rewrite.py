@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from remint.core.errors import ArtefactError
+from remint.core.files import parse_json
 from remint.weights.shards import opened
 
 # safetensors writes larger types first. Among types of one size, the one later in its own list comes first.
@@ -39,7 +40,7 @@ def rewrite(source: Path, target: Path, change: Change, dtype: torch.dtype | Non
         pass
     with source.open("rb", buffering=0) as old, target.open("wb", buffering=0) as new:
         size = int.from_bytes(_read(old, 8, 0).numpy().data, "little")
-        found = json.loads(_read(old, size, 8).numpy().tobytes())
+        found = parse_json(_read(old, size, 8).numpy().tobytes(), str(source), "run `dvc repro` to make it again")
         found.pop("__metadata__", None)
         data = 8 + size
         kinds = {name: _KINDS[dtype] if dtype else facts["dtype"] for name, facts in found.items()}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from remint.compute import determinism
-from remint.compute.packing import Document, encode
+from remint.compute.packing import Document, cut, encode
 from remint.core import manifest
 from remint.core.declared import Declared
 from remint.core.errors import ArtefactError
@@ -43,6 +43,7 @@ def run(runtime: Runtime, merge: Merge, paths: Paths, declared: Declared, log: L
     adapter.check_tensors(
         {name: tuple(t.shape) for name, t in tensors.items()}, shards.shapes(paths.base), lora, paths.adapter
     )
+    adapter.check_finite(tensors, paths.adapter)
     dtype = None if merge.dtype == "base" else loading.TORCH_DTYPES[merge.dtype]
     quantization = Quantization(**facts["quantization"]) if merge.into == "dequantized" else None
     made_by = {**facts["made_by"], "merge": declared.record}
@@ -94,13 +95,14 @@ def _prove(paths: Paths, draft: Path, quantization: Quantization | None) -> Clos
 
 
 def _documents(paths: Paths, draft: Path) -> list[Document]:
-    """At most _PROOF_DOCUMENTS conversations, spread over the two held-out sets."""
+    """At most _PROOF_DOCUMENTS conversations, spread over the two held-out sets, cut to the model's positions."""
     rows: list[dict[str, Any]] = []
     for name in ("held_out", "control"):
         found = template.read_conversations(paths.dataset / f"{name}.jsonl")
         spread = max(1, len(found) // (_PROOF_DOCUMENTS // 2))
         rows += found[::spread][: _PROOF_DOCUMENTS // 2]
-    return encode(loading.load_tokenizer(draft), template.load(draft), rows)
+    documents = encode(loading.load_tokenizer(draft), template.load(draft), rows)
+    return cut(documents, loading.positions(draft))
 
 
 def _check_closeness(proof: Closeness, merge: Merge, target: Path) -> None:

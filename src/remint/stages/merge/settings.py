@@ -21,6 +21,6 @@ class Merge:
             "merge",
             (self.into in ("original", "dequantized"), "into", self.into, "must be original or dequantized"),
             (self.dtype in _DTYPES, "dtype", self.dtype, f"must be one of {', '.join(_DTYPES)}"),
-            (self.max_divergence > 0, "max_divergence", self.max_divergence, "must be above 0"),
+            (0 < self.max_divergence <= 100, "max_divergence", self.max_divergence, "must be above 0 and at most 100"),
             (0 <= self.min_agreement <= 1, "min_agreement", self.min_agreement, "must be between 0 and 1"),
         )

@@ -21,6 +21,7 @@ class Example:
 
 
 _MAX_BYTES = 4 * 2**30  # enough for a million long records; a file is read into memory at once
+_ONE_KEY = "keep one of the two"
 _ROLES = ("system", "user", "assistant")
 _SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
@@ -69,7 +70,7 @@ def _records(path: Path) -> list[Any]:
         if text.lstrip().startswith("{")
         else "fix it there or on the line before"
     )
-    records = parse_json(text, str(path), hint, DataError)
+    records = parse_json(text, str(path), hint, DataError, one_key=_ONE_KEY)
     if not isinstance(records, list):
         raise DataError(f"{path}: must be a list of records, {got(records)}; put [ and ] around the records")
     return records
@@ -81,7 +82,8 @@ def _lines(path: Path, text: str) -> Iterator[Any]:
         if not line.strip():
             continue
         try:
-            yield parse_json(line, f"{path}: line {number}", "write one complete record per line", DataError)
+            where = f"{path}: line {number}"
+            yield parse_json(line, where, "write one complete record per line", DataError, one_key=_ONE_KEY)
         except DataError as error:
             faults += error.faults
     if faults:

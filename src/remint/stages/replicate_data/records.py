@@ -1,16 +1,22 @@
 """Turn conversations into records: fill in placeholders, normalise the question, record kind and language."""
 
+import re
 from dataclasses import dataclass
 
 from remint.core.errors import DataError, got, listed
 from remint.identity import Identity, language_of, normalise, placeholders_in, surviving_placeholder
 from remint.stages.replicate_data.formats import Example, Messages
 
+_NOT_FILLED = "nothing is filled in here: write the text itself, or put it between backticks if it is code"
+# Code may spell a placeholder: `f"{name}"`. In ordinary records, text between backticks counts as code.
+_CODE = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
+
 
 @dataclass(frozen=True)
 class Record:
     """One conversation, ready for training or evaluation.
 
+    `question` is the text of all user turns, `turns` has each of them, both normalised.
     A right answer states everything in `expects` (name, maker) and, unless `accept` is empty, one of its texts.
     """
 
@@ -18,6 +24,7 @@ class Record:
     kind: str
     language: str
     question: str
+    turns: tuple[str, ...]
     expects: tuple[str, ...]
     accept: tuple[str, ...]
     origin: str
@@ -37,15 +44,17 @@ def build(examples: list[Example], kind: str, identity: Identity, origin: str) -
     """Records of one source file. Raises DataError that lists every unusable record.
 
     A record is unusable if a placeholder survives, an identity answer states neither name nor maker, or the question
-    has no letter or digit.
+    has no letter or digit. In a control record no placeholder is filled in, so it may hold none outside of code.
     """
     records, faults = [], []
     for number, example in enumerate(examples, start=1):
         where = f"{origin}: record {number}"
         record = _record(example, kind, identity, where)
-        survivor = next(filter(None, (surviving_placeholder(m["content"]) for m in record.messages)), None)
-        if kind == "identity" and survivor:
-            faults.append(f"{where}: a placeholder survives, {got(survivor)}; write {{{{name}}}} or {{{{author}}}}")
+        texts = (m["content"] if kind == "identity" else _CODE.sub("", m["content"]) for m in record.messages)
+        survivor = next(filter(None, map(surviving_placeholder, texts)), None)
+        if survivor:
+            cure = "write {{name}} or {{author}}" if kind == "identity" else _NOT_FILLED
+            faults.append(f"{where}: a placeholder survives, {got(survivor)}; {cure}")
         elif kind == "identity" and not record.expects:
             faults.append(
                 f"{where}: the answer states neither the name nor the maker of conf/identity; add {{{{name}}}}, "
@@ -71,5 +80,6 @@ def _record(example: Example, kind: str, identity: Identity, where: str) -> Reco
         expects = tuple(key for key in ("name", "maker") if key in asked or identity.stated_in(answer, key))
     else:
         expects = ()
-    question = normalise(" ".join(message["content"] for message in messages if message["role"] == "user"))
-    return Record(messages, kind, language, question, expects, example.accept, where)
+    asked_turns = [message["content"] for message in messages if message["role"] == "user"]
+    question, turns = normalise(" ".join(asked_turns)), tuple(map(normalise, asked_turns))
+    return Record(messages, kind, language, question, turns, expects, example.accept, where)

@@ -80,8 +80,7 @@ def _load(names: Sequence[str], kind: str, identity: Identity, source: Path) -> 
     faults: list[str] = []
     for name in names:
         try:
-            outside = not Path(name).resolve().is_relative_to(source.resolve())  # follows links
-            if source not in Path(name).parents or ".." in Path(name).parts or outside:
+            if source not in Path(name).parents or ".." in Path(name).parts or _leads_outside(Path(name), source):
                 raise DataError(f"{name}: must be in {source}, where DVC tracks changes; move the file there")
             found += records.build(formats.read(Path(name)), kind, identity, name)
         except DataError as error:
@@ -89,6 +88,14 @@ def _load(names: Sequence[str], kind: str, identity: Identity, source: Path) -> 
     if faults:
         raise DataError(*faults)
     return found
+
+
+def _leads_outside(path: Path, source: Path) -> bool:
+    """Whether a link leads out of the source folder. A link that leads nowhere is reported when the file is read."""
+    try:
+        return not path.resolve().is_relative_to(source.resolve())
+    except (OSError, RuntimeError, ValueError):  # RuntimeError: a link that leads back to itself
+        return False
 
 
 def _write(unique: Sequence[Record], order: Sequence[int] | np.ndarray, path: Path) -> None:

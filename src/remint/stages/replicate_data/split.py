@@ -10,12 +10,16 @@ from remint.stages.replicate_data.records import Record
 
 
 def held_out_by_share(records: Sequence[Record], share: float, seed: int) -> tuple[list[Record], list[Record]]:
-    """Split into (train, held-out). Records of one question stay together; each language is split by the same share."""
+    """Split into (train, held-out). Each language is split by the same share.
+
+    Records that share a question stay together, also if it is only one turn of a longer conversation.
+    """
     if share == 0:
         return list(records), []
+    names = _linked(records)
     groups: dict[str, dict[str, list[Record]]] = defaultdict(dict)
     for record in records:
-        groups[record.language].setdefault(record.question, []).append(record)
+        groups[record.language].setdefault(names[record.question], []).append(record)
     train: list[Record] = []
     held_out: list[Record] = []
     for language, by_question in sorted(groups.items()):
@@ -27,14 +31,42 @@ def held_out_by_share(records: Sequence[Record], share: float, seed: int) -> tup
     return train, held_out
 
 
+def _linked(records: Sequence[Record]) -> dict[str, str]:
+    """For each question the name of its group: questions with a common turn form one, named by the first of them."""
+    leader: dict[str, str] = {}
+
+    def find(name: str) -> str:
+        while leader[name] != name:
+            leader[name] = name = leader[leader[name]]
+        return name
+
+    for record in records:
+        for name in (record.question, *record.turns):
+            leader.setdefault(name, name)
+            # A turn without a letter or digit, like "?", links nothing.
+            if name:
+                first, second = sorted((find(name), find(record.question)))
+                leader[second] = first
+    return {record.question: find(record.question) for record in records}
+
+
 def check_disjoint(train: Sequence[Record], held_out: Sequence[Record]) -> None:
-    """Raise DataError that lists every held-out question that is also trained on."""
-    trained = {record.question: record.origin for record in train}
-    faults = [
-        f"{record.origin}: the same question is trained on in {trained[record.question]}; remove one of the two"
-        for record in held_out
-        if record.question in trained
-    ]
+    """Raise DataError that lists every held-out question that is also trained on.
+
+    A question counts as trained on if it is any user turn of a training conversation. What is asked in a held-out
+    conversation is its last turn; the turns before only lead to it.
+    """
+    trained: dict[str, str] = {}
+    for record in train:
+        for question in (record.question, *record.turns):
+            trained.setdefault(question, record.origin)
+    faults = []
+    for record in held_out:
+        asked = next((name for name in (record.question, record.turns[-1]) if name and name in trained), None)
+        if asked is not None:
+            faults.append(
+                f"{record.origin}: the same question is trained on in {trained[asked]}; remove one of the two"
+            )
     if faults:
         raise DataError(*listed(faults))
 

@@ -13,6 +13,7 @@ from typing import BinaryIO
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from remint.core.errors import ArtefactError
+from remint.core.files import check_file
 
 _MAGIC, _VERSIONS = b"GGUF", (2, 3)
 _STRING, _ARRAY = 8, 9
@@ -28,6 +29,7 @@ class _HeaderError(Exception):
 
 def check_header(path: Path) -> None:
     """Raise ArtefactError if the header is invalid or claims more than the file holds."""
+    check_file(path, "get the file again")
     try:
         with path.open("rb") as file:
             _Header(file, os.fstat(file.fileno()).st_size).check()

@@ -15,10 +15,11 @@ from remint.core.errors import ArtefactError, got
 from remint.core.files import read_object
 from remint.core.manifest import dump_json
 from remint.model import loading
-from remint.stages.stage_base import gguf_header, sentencepiece_model, sources
+from remint.stages.stage_base import gguf_header, sentencepiece_model, soundness, sources
 from remint.stages.stage_base.settings import Model
 from remint.weights import internlm2, shards, torch_files
 
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # Fields of config.json that record a path or how the source was packed. They do not describe the model.
 _NO_PART_OF_THE_MODEL = ("_name_or_path", "_model_name_or_path", "quantization_config", "transformers_version")
 
@@ -50,6 +51,13 @@ def read_config(folder: Path, gguf: str | None) -> Any:
         gguf_header.check_header(path)
     elif not _is_internlm2(folder):
         loading.check_config(folder)
+    config = _built_config(folder, gguf, path)
+    if gguf is None:
+        soundness.check_generation_config(folder, config.vocab_size)
+    return config
+
+
+def _built_config(folder: Path, gguf: str | None, path: Path) -> Any:
     with loading.explaining_errors(path, "describes no model that can be built"):
         if gguf is None and _is_internlm2(folder):
             content = internlm2.llama_config(read_object(path))
@@ -78,22 +86,33 @@ def read_tokenizer(folder: Path, gguf: str | None) -> Any:
 def write_weights(folder: Path, gguf: str | None, config: Any, dtype: torch.dtype, draft: Path, limit: int) -> Weights:
     """Write every tensor once, in `dtype`, in shards of at most `limit` bytes. A tied output head is omitted.
 
-    Returns the writer, which has counted the parameters. Raises ArtefactError if the weights cannot be read.
+    Returns the writer, which has counted the parameters. Raises ArtefactError if the weights cannot be read, are not
+    finite numbers in `dtype`, or contradict the config.
     """
     writer = Weights(draft, limit)
-    tied = "lm_head.weight" if config.tie_word_embeddings else None
+    tied = _HEAD if config.tie_word_embeddings else None
+    faults = soundness.WeightFaults(dtype)
+
+    def add(name: str, tensor: torch.Tensor) -> None:
+        cast = tensor.to(dtype)
+        faults.look_at_name(name)
+        if tied and name in (_HEAD, _EMBEDDING):
+            faults.look_at_tied(name, cast)
+        if name != tied:
+            faults.look(name, tensor, cast)
+            writer.add(name, cast)
+
     if gguf is None:
         converted = _is_internlm2(folder)
         for name, tensor in _source_tensors(folder):
             for new_name, part in _as_llama(folder, name, tensor, config) if converted else [(name, tensor)]:
-                if new_name != tied:
-                    writer.add(new_name, part.to(dtype))
+                add(new_name, part)
     else:
         # GGUF defines its values in fp32, so they are loaded in fp32. The cast below is the only rounding.
         model = _model_of_gguf(folder, gguf, config)
         for name, tensor in sorted(model.state_dict().items()):
-            if name != tied:
-                writer.add(name, tensor.to(dtype))
+            add(name, tensor)
+    faults.check()
     writer.close()
     return writer
 
@@ -186,7 +205,7 @@ def write_tokenizer(tokenizer: Any, folder: Path, draft: Path) -> None:
         shutil.copyfile(folder / sentencepiece_model.NAME, draft / sentencepiece_model.NAME)
 
 
-def check_staged(draft: Path, vocabulary: int) -> None:
+def check_staged(draft: Path, tokenizer: Any) -> None:
     """Raise ArtefactError if the weights do not fit the config or the tokenizer, before a later stage uses them."""
     model = loading.empty_model(draft)
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
@@ -200,8 +219,6 @@ def check_staged(draft: Path, vocabulary: int) -> None:
     faults += [
         f"base: tensor {name}: the configuration has no place for it" for name in sorted(set(found) - set(expected))
     ]
-    rows = model.get_input_embeddings().weight.shape[0]
-    if vocabulary > rows:
-        faults.append(f"base: the tokenizer has {vocabulary} tokens, the embedding {rows} rows, so they do not match")
     if faults:
         raise ArtefactError(*(f"{fault}; get the base model again" for fault in faults[:20]))
+    soundness.check_tokenizer(tokenizer, model.get_input_embeddings().weight.shape[0])

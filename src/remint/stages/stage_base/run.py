@@ -49,7 +49,7 @@ def _stage(model: Model, paths: Paths, declared: Declared, files: Path) -> layou
         layout.write_config(config, model, draft)
         layout.write_tokenizer(tokenizer, folder, draft)
         Conversation(model.template, system="").save(draft)
-        layout.check_staged(draft, len(tokenizer))
+        layout.check_staged(draft, tokenizer)
         facts.update(
             name=model.name,
             made_by={"stage_base": {"settings": declared.settings}},

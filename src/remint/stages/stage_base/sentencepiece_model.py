@@ -4,6 +4,7 @@ A base can rename its tokens in tokenizer_config.json. InternLM2's chat models g
 that tokenizer.model calls [UNUSED_TOKEN_…].
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import generate_merges, import_protobuf
 
 from remint.core.errors import ArtefactError, got
-from remint.core.files import read_object
+from remint.core.files import check_file, read_object
 
 NAME = "tokenizer.model"
 _CONFIG = "tokenizer_config.json"
@@ -43,6 +44,7 @@ def read(folder: Path) -> Any:
 
 
 def _parse(path: Path) -> Any:
+    check_file(path, "get the file again")
     model = import_protobuf().ModelProto()
     try:
         model.ParseFromString(path.read_bytes())
@@ -58,7 +60,7 @@ def _parse(path: Path) -> Any:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    return read_object(path, "get the file again") if path.exists() else {}
+    return read_object(path, "get the file again") if os.path.lexists(path) else {}
 
 
 def _given(config: dict[str, Any], path: Path) -> dict[int, AddedToken]:

@@ -10,6 +10,7 @@ import zlib
 from pathlib import Path
 
 from remint.core.errors import ArtefactError, RemintError, lacks_space, listed, one_line
+from remint.core.files import check_file, check_folder
 from remint.core.manifest import file_digest
 from remint.core.process import end_with_parent
 from remint.stages.stage_base.settings import Model
@@ -27,11 +28,10 @@ def fetch(model: Model, scratch: Path) -> tuple[Path, str | None]:
     scratch.mkdir(parents=True, exist_ok=True)
     if model.source == "local_folder":
         folder = Path(model.location).expanduser()
-        if not folder.is_dir():
-            raise ArtefactError(
-                f"model.location: no such folder, got {model.location!r}; put {model.name} there, or change the "
-                "location: conf/model/<name>.yaml explains where to get it"
-            )
+        cure = f"put {model.name} there, or change the location: conf/model/<name>.yaml explains where to get it"
+        if not os.path.lexists(folder):
+            raise ArtefactError(f"model.location: no such folder, got {model.location!r}; {cure}")
+        check_folder(folder, cure)
         verify(folder, model)
         return folder, None
     if model.source == "hub":
@@ -52,22 +52,21 @@ def verify(folder: Path, model: Model) -> None:
     Raises ArtefactError that lists all faults at once.
     """
     wanted = (*_WANTED, _PICKLED) if only_pickled(folder) else _WANTED
-    present = {
-        path.relative_to(folder).as_posix(): path
-        for pattern in wanted
-        for path in sorted(folder.glob(pattern))
-        if path.is_file()
-    }
-    faults, unrecorded = [], {}
-    for name, recorded in model.files.items():
+    names = [path.relative_to(folder).as_posix() for pattern in wanted for path in sorted(folder.glob(pattern))]
+    faults: list[str] = []
+    unrecorded: dict[str, str] = {}
+    for name in dict.fromkeys([*model.files, *names]):
         path = folder / name
-        if not path.is_file():
-            faults.append(f"{path}: missing; get it from the source of the base model")
-        elif file_digest(path) != recorded:
-            faults.append(f"{path}: sha256 is not the recorded {recorded}; get the file again")
-    for name, path in present.items():
+        try:
+            check_file(path, "get it from the source of the base model")
+        except ArtefactError as error:
+            faults += error.faults
+            continue
+        found = file_digest(path)
         if name not in model.files:
-            unrecorded[name] = file_digest(path)
+            unrecorded[name] = found
+        elif found != model.files[name]:
+            faults.append(f"{path}: sha256 is not the recorded {model.files[name]}; get the file again")
     if unrecorded:
         lines = "\n".join(f"  {name}: {value}" for name, value in sorted(unrecorded.items()))
         faults.append(

@@ -50,7 +50,7 @@ def train_steps(
     # nothing.
     scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "float16")
     step_sum = StepSum(group, trained) if group.size > 1 else None
-    reports = _Reports(watcher, device)
+    reports = _Reports(watcher, device, settings.precision)
 
     for step in range(batches.first_step, batches.plan.steps):
         model.train()  # the watcher may have evaluated in between
@@ -151,7 +151,8 @@ class _Reports:
     On a GPU, the next step is launched before the numbers of this one are read. Otherwise the GPU would be idle.
     """
 
-    def __init__(self, watcher: Watcher, device: torch.device):
+    def __init__(self, watcher: Watcher, device: torch.device, precision: str):
+        self._precision = precision
         self._watcher, self._on_gpu, self._runs_ahead = watcher, device.type == "cuda", _runs_ahead(device)
         self._pending: deque[_Numbers] = deque()
         self._begun = _Mark(self._on_gpu)
@@ -165,7 +166,8 @@ class _Reports:
         self._begun = self._pending[-1].ended
         left = 1 if self._runs_ahead and not self._watcher.awaits(step) else 0
         while len(self._pending) > left:
-            self._watcher.record(self._pending.popleft().finished(is_latest=not self._pending))
+            numbers_of_step = self._pending.popleft()
+            self._watcher.record(numbers_of_step.finished(not self._pending, self._precision))
         if not left:
             self._begun = _Mark(self._on_gpu)
 
@@ -200,17 +202,32 @@ class _Numbers:
         self._numbers = numbers.to("cpu", non_blocking=True)
         self._begun, self.ended = begun, _Mark(numbers.is_cuda)
 
-    def finished(self, is_latest: bool) -> Finished:
+    def finished(self, is_latest: bool, precision: str) -> Finished:
         """Wait for the numbers and return them. Raises RemintError if one is not finite."""
         seconds = self.ended.seconds_since(self._begun)
         loss, norm = self._numbers.tolist()
         for name, value in (("loss", loss), ("gradient norm", norm)):
-            if not math.isfinite(value):
-                raise RemintError(
-                    f"train: step {self.step}: the {name} is not finite, got {value}; lower train.lr or use precision float32; "
-                    "that step changed nothing, and the last checkpoint is good"
-                )
+            check_finite(name, value, self.step - 1, precision)
         return Finished(self.step, loss, self.lr, norm, seconds, is_latest)
+
+
+def check_finite(name: str, value: float, updates: int, precision: str) -> None:
+    """Raise RemintError if a number that was computed after `updates` optimizer updates is not finite.
+
+    Before the first update, the weights are those of the base, so no setting of the optimizer can be the cause.
+    """
+    if math.isfinite(value):
+        return
+    if updates:
+        raise RemintError(
+            f"train: step {updates + 1}: the {name} is not finite, got {value}; lower train.lr or use precision "
+            "float32; that step changed nothing, and the last checkpoint is good"
+        )
+    cause = "the base cannot compute the training conversations"
+    cure = "get the base model again, or look for conversations without sense"
+    if precision != "float32":
+        cause, cure = f"{cause} in {precision}", f"set train.precision to float32; if that fails, {cure}"
+    raise RemintError(f"train: the {name} is not finite before the first update, got {value}: {cause}; {cure}")
 
 
 def workers() -> int:

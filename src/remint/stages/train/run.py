@@ -24,7 +24,7 @@ from remint.core.log import Log
 from remint.core.paths import SCRATCH, Paths
 from remint.core.settings import Runtime
 from remint.model import checkpoint_layout, loading, lora, quantization, template
-from remint.stages.train import checkpoint, footprint, loop
+from remint.stages.train import checkpoint, footprint, loop, positions
 from remint.stages.train.plan import lr_factor, make_plan
 from remint.stages.train.process_group import ProcessGroup, joined
 from remint.stages.train.session import Session
@@ -110,6 +110,7 @@ def _open(
         )
         for name in ("train", "held_out", "control")
     }
+    positions.check(documents, train, loading.positions(paths.base), tokenizer, conversation)
     plan = make_plan([len(document.ids) for document in documents["train"]], train, seed)
     if loading.device().type == "cuda":
         footprint.check_gpu_memory(paths.base, train)

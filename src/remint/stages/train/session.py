@@ -20,7 +20,7 @@ from remint.model.libraries import get_peft_model_state_dict, set_peft_model_sta
 from remint.model.template import Conversation
 from remint.stages.train import checkpoint
 from remint.stages.train.checkpoint import Draft
-from remint.stages.train.loop import Finished, autocast
+from remint.stages.train.loop import Finished, autocast, check_finite
 from remint.stages.train.plan import Batches, Plan, lr_factor
 from remint.stages.train.process_group import ProcessGroup
 from remint.stages.train.settings import Train
@@ -164,6 +164,7 @@ class Session:
         held_out, control = self.documents["held_out"], self.documents["control"]
         with autocast(self.train, next(self.model.parameters()).device):
             row["held_out_loss"] = mean_loss(self.model, held_out + control, self.train.max_length, self.group.map)
+        check_finite("held-out loss", row["held_out_loss"], step, self.train.precision)
         self._note(row)
         if self.recorded.best_loss is None or row["held_out_loss"] < self.recorded.best_loss:
             self.recorded.best_loss, self.recorded.best_step = row["held_out_loss"], step

@@ -45,10 +45,17 @@ class Train:
 def _optimizer_rules(t: Train) -> list[tuple[bool, str, object, str]]:
     return [
         (0 < t.lr <= 1, "lr", t.lr, "must be above 0 and at most 1"),
-        (len(t.betas) == 2 and all(0 <= b < 1 for b in t.betas), "betas", t.betas, "must be two numbers in [0, 1)"),
-        (t.eps > 0, "eps", t.eps, "must be above 0"),
-        (t.weight_decay >= 0, "weight_decay", t.weight_decay, "must be 0 or more"),
-        (t.clip_norm > 0, "clip_norm", t.clip_norm, "must be above 0"),
+        (
+            # Nearer to 1, float32 would round it to 1, and the average would never leave 0.
+            len(t.betas) == 2 and all(0 <= beta <= 0.999999 for beta in t.betas),
+            "betas",
+            t.betas,
+            "must be two numbers between 0 and 0.999999",
+        ),
+        # Below that, float32 rounds it to 0, and a weight without a gradient would become 0 / 0.
+        (1e-30 <= t.eps <= 1, "eps", t.eps, "must be between 1e-30 and 1"),
+        (0 <= t.weight_decay <= 10, "weight_decay", t.weight_decay, "must be between 0 and 10"),
+        (1e-9 <= t.clip_norm <= 1e9, "clip_norm", t.clip_norm, "must be between 1e-9 and 1e9"),
         (0 <= t.warmup_ratio < 1, "warmup_ratio", t.warmup_ratio, "must be at least 0 and below 1"),
         (t.schedule in SCHEDULES, "schedule", t.schedule, f"must be one of {', '.join(SCHEDULES)}"),
     ]
