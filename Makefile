@@ -39,13 +39,13 @@ setup: $(DONE) ## create the environment and MLflow's database (other targets do
 	@$(PIP) --no-deps --no-build-isolation --editable .
 	@$(BIN)/python -m pip check --quiet --disable-pip-version-check
 	@# Create the database now: several processes creating it at once would fail. A tracking server has its own database.
-	@[ -n "$${MLFLOW_TRACKING_URI:-}" ] || $(BIN)/mlflow db upgrade sqlite:///$(CURDIR)/mlflow.db >/dev/null 2>&1
+	@$(BIN)/python -m remint.runner.prepare
 	@touch $@
 
 repro: $(DONE) ## rebuild the entire pipeline: data, base, training, adapter, model, report
 	@$(BIN)/remint check
 	@$(BIN)/dvc repro
-	-@$(BIN)/remint sync
+	@$(BIN)/remint sync || true  # its message says what to do; make would add another
 	@$(BIN)/remint summary
 
 chat: $(DONE) ## talk to the merged model

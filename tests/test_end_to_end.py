@@ -4,6 +4,7 @@ import functools
 import hashlib
 import http.server
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from remint.core.paths import ARTEFACTS
+from tests import broken_servers
 from tests.conftest import ROOT, to_internlm2, write_sentencepiece, write_tiny_model
 from tests.workplace import STAGES, Workplace, clone, wait_for, with_tiny_model
 
@@ -282,19 +284,42 @@ def test_the_pipeline_state_is_one_run_and_its_model_the_champion(built):
     assert "answers 1" in built.run("docker/run", "python", "-c", code)
 
 
-def test_with_the_tracking_server_away_the_bytes_are_the_same(built):
-    whole = built.bytes("report")
-    environment = built.environment() | {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
+def run_with_store(built, stage, address):
+    """Run a stage that logs to the store at `address`. Returns what it printed, line by line."""
     done = subprocess.run(
-        ["docker/run", "python", "-m", "remint", "eval_chat"],
+        ["docker/run", "python", "-m", "remint", stage],
         cwd=built.root,
-        env=environment,
+        env=built.environment() | {"MLFLOW_TRACKING_URI": address},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert "going on without it" in done.stdout
+    assert not re.search("Traceback|WARNING|mlflow", done.stdout + done.stderr)
+    return done.stdout.splitlines()
+
+
+def test_with_the_tracking_server_away_the_bytes_are_the_same(built):
+    whole = built.bytes("report")
+    said = run_with_store(built, "eval_chat", "http://127.0.0.1:9")
+    (warning,) = [line for line in said if "MLflow" in line]
+    assert "nothing listens at this address, going on without it; " in warning
+    assert "`remint sync` logs the result" in warning
     assert built.bytes("report") == whole
+
+
+@pytest.mark.parametrize("fault", ["silent", "503"])
+def test_a_server_that_hangs_or_fails_changes_nothing_of_a_training(built, fault):
+    whole = built.bytes("checkpoint")
+    shutil.rmtree(built.root / "data/checkpoint")
+    undisturbed = run_with_store(built, "train", f"sqlite:///{built.root / 'another.db'}")
+    shutil.rmtree(built.root / "data/checkpoint")
+    with broken_servers.serving(fault) as server:
+        said = run_with_store(built, "train", f"http://127.0.0.1:{server.server_port}")
+        assert server.requests > 0
+    (warning,) = [line for line in said if "MLflow" in line]
+    assert warning.startswith("warning: MLflow at http://127.0.0.1:")
+    assert [line for line in said if line != warning] == undisturbed
+    assert built.bytes("checkpoint") == whole
 
 
 def test_it_answers_one_question_for_a_program(built):

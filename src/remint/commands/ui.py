@@ -7,16 +7,17 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated
+from typing import IO, Annotated
 
 from typer import Option
 
 from remint.core import signals
-from remint.core.errors import RemintError
+from remint.core.errors import RemintError, one_line
 from remint.core.process import end_with_parent
+from remint.runner import store
 
 # Seconds that the server gets after SIGTERM, before SIGKILL.
 _GRACE_S = 5
@@ -24,11 +25,14 @@ _GRACE_S = 5
 
 def main(port: Annotated[int, Option(help="Port of 127.0.0.1 to listen on.")] = 5000) -> None:
     """Show the runs in MLflow's web UI, until Ctrl-C."""
+    _check_store()
     _check_port(port)
     quiet = {**os.environ, "PYTHONWARNINGS": "ignore"}  # hides warnings that only concern MLflow's developers
     received: list[int] = []
-    with signals.handled(lambda number, _: received.append(number)):
-        server = subprocess.Popen(_command(port), env=quiet, start_new_session=True, preexec_fn=end_with_parent)
+    with signals.handled(lambda number, _: received.append(number)), tempfile.TemporaryFile() as log:
+        server = subprocess.Popen(
+            _command(port), env=quiet, start_new_session=True, preexec_fn=end_with_parent, stdout=log, stderr=log
+        )
         try:
             if _answers(server, port, received):
                 print(f"the runs: http://127.0.0.1:{port}/#/experiments/1/runs (Ctrl-C stops the server)", flush=True)
@@ -36,8 +40,28 @@ def main(port: Annotated[int, Option(help="Port of 127.0.0.1 to listen on.")] = 
                 time.sleep(0.2)
         finally:
             status = _end(server)
-    if not received:
-        raise RemintError(f"ui: MLflow's server ended with status {status}; see its output above")
+        if not received:
+            error = RuntimeError(f"MLflow's server ended with status {status}: {_last_line(log)}")
+            raise RemintError(store.line(store.describe_fault(store.uri(), error), "run `remint ui`"))
+
+
+def _check_store() -> None:
+    """Raise RemintError if the store is broken, or is a server, which has its own pages."""
+    address = store.uri()
+    if address.startswith(("http://", "https://")) and not store.check(address):
+        fault = store.Fault(
+            "this server shows its runs itself", "open that address in a browser, or unset MLFLOW_TRACKING_URI"
+        )
+        raise RemintError(store.line(fault, "run `remint ui` for the runs of this folder"))
+    if fault_found := store.check(address):
+        raise RemintError(store.line(fault_found, "run `remint ui`"))
+
+
+def _last_line(log: IO[bytes]) -> str:
+    """The last line that the server printed: the message of its exception, if it ended with one."""
+    log.seek(max(0, log.seek(0, os.SEEK_END) - 10_000))
+    lines = log.read().decode(errors="replace").split("\n")
+    return one_line(next((line for line in reversed(lines) if line.strip()), "nothing"))
 
 
 def _check_port(port: int) -> None:
@@ -50,7 +74,7 @@ def _check_port(port: int) -> None:
 def _command(port: int) -> list[str]:
     return [
         *(sys.executable, "-m", "mlflow", "server", "--uvicorn-opts", "--log-level warning"),
-        *("--backend-store-uri", f"sqlite:///{Path('mlflow.db').resolve()}"),
+        *("--backend-store-uri", store.uri()),
         *("--host", "127.0.0.1", "--port", str(port), "--allowed-hosts", f"127.0.0.1:{port},localhost:{port}"),
     ]
 
