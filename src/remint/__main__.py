@@ -16,8 +16,8 @@ import yaml  # type: ignore[import-untyped]
 
 from remint.commands import COMMANDS
 from remint.commands.stage import check_pipeline, command_of
-from remint.core import launch, signals
-from remint.core.errors import RemintError, Stopped, lacks_permission, lacks_space, one_line, visible
+from remint.core import launch, machine, signals
+from remint.core.errors import RemintError, Stopped, one_line, out_of_memory, visible
 from remint.core.files import read_text
 from remint.core.paths import PARAMS, PIPELINE
 
@@ -165,14 +165,15 @@ def _reader_is_gone() -> bool:
 
 
 def _machine_fault(error: Exception, command: str) -> str | None:
-    """One line for a full disk or a missing permission, which our code cannot fix; None for a bug."""
-    if lacks_space(error):
-        return f"{command}: the disk is full ({one_line(error)}); free space and run again, no complete file is lost"
-    if lacks_permission(error):
-        return (
-            f"{command}: a file may not be read or written ({one_line(error)}); correct its permissions and run again"
-        )
-    return None
+    """One line for a full disk or another limit of the machine, which our code cannot lift; None for a bug."""
+    if isinstance(error, FileNotFoundError) and "No usable temporary directory" in str(error):
+        return f"{command}: no temporary folder can be written ({one_line(error)}); free space, or name one in TMPDIR"
+    if (explained := machine.explain(error)) is None:
+        if out_of_memory(error):
+            return f"{command}: memory ran out ({one_line(error)}); end other programs and run again"
+        return None
+    what, cure = explained
+    return f"{command}: {what}; {cure}"
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def failed(number):
         (RuntimeError("can't start new thread"), "no further process or thread", "raise the limit"),
         (failed(errno.ENOMEM), "the machine has too little memory", "end other programs"),
         (ImportError("libx.so: failed to map segment from shared object"), "too little memory", "end other programs"),
-        (failed(errno.ENAMETOOLONG), "a path is too long", "shorter path"),
+        (failed(errno.ENAMETOOLONG), "a path cannot be followed", "shorter path"),
         (Exception("I/O error: No space left on device (os error 28)"), "the disk is full (", "free space"),
         (Exception("File too large (os error 27)"), "larger than its file system allows", "another file system"),
     ],
@@ -89,4 +89,4 @@ def test_a_limit_of_the_process_is_named_with_its_value(tmp_path, limit, value, 
 
 
 def test_free_space_is_that_of_the_nearest_folder(tmp_path):
-    assert machine.free_mib(tmp_path / "a/b") == machine.free_mib(Path(tmp_path))
+    assert machine.free_bytes(tmp_path / "a/b") >> 24 == machine.free_bytes(Path(tmp_path)) >> 24

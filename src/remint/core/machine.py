@@ -23,9 +23,9 @@ def explain(error: BaseException, folder: Path = Path()) -> tuple[str, str] | No
     return _of_writing(error, folder) or _of_memory(error) or _of_the_process(error)
 
 
-def free_mib(folder: Path) -> int:
-    """Free space in MiB on the disk of a folder, which may not exist yet."""
-    return shutil.disk_usage(_existing(folder)).free // 2**20
+def free_bytes(folder: Path) -> int:
+    """Free space on the disk of a folder, which may not exist yet."""
+    return shutil.disk_usage(_existing(folder)).free
 
 
 def _of_writing(error: BaseException, folder: Path) -> tuple[str, str] | None:
@@ -48,7 +48,7 @@ def _of_writing(error: BaseException, folder: Path) -> tuple[str, str] | None:
         found = os.statvfs(_existing(folder))
         if found.f_files and not found.f_favail:
             return "the disk has no inodes left, so it can take no further file", "remove files that you do not need"
-        return f"the disk is full ({free_mib(folder)} MiB free)", "free space and run again"
+        return f"the disk is full ({free_bytes(folder) >> 20} MiB free)", "free space and run again"
     if isinstance(error, OSError) and lacks_permission(error):
         what = f"cannot be written ({error.strerror})" + (f": {error.filename}" if error.filename else "")
         return what, f"make {_existing(folder)} writable"
@@ -80,8 +80,8 @@ def _of_the_process(error: BaseException) -> tuple[str, str] | None:
             "no further process or thread may be started (ulimit -u, or the container's limit of processes)",
             "raise the limit, or end other programs",
         )
-    if _errno(error) == errno.ENAMETOOLONG:
-        return f"a path is too long for the file system ({one_line(error)[-80:]})", "use a folder with a shorter path"
+    if _errno(error) in (errno.ENAMETOOLONG, errno.ELOOP):
+        return f"a path cannot be followed ({one_line(error)[-80:]})", "use a shorter path without a loop of links"
     return None
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from remint.core.errors import ArtefactError, RemintError, got, lacks_permission, lacks_space, listed
+from remint.core import machine
+from remint.core.errors import ArtefactError, RemintError, got, listed
 from remint.core.files import check_folder, is_inside, read_object
 from remint.core.lock import held
 
@@ -322,12 +323,8 @@ def _replace(new: Path, target: Path, old: Path) -> None:
 
 
 def _explain(error: Exception, target: Path) -> ArtefactError | None:
-    """The ArtefactError to raise for a full disk or a missing permission; None for any other error."""
-    if lacks_space(error):
-        free = shutil.disk_usage(target.parent).free // 2**20
-        return ArtefactError(
-            f"{target}: the disk is full ({free} MiB free); free space and run again, nothing was replaced"
-        )
-    if isinstance(error, OSError) and lacks_permission(error):
-        return ArtefactError(f"{target}: cannot be written ({error.strerror}); make {target.parent} writable")
-    return None
+    """The ArtefactError to raise for a limit of the machine, such as a full disk; None for any other error."""
+    if isinstance(error, RemintError) or (explained := machine.explain(error, target.parent)) is None:
+        return None
+    what, cure = explained
+    return ArtefactError(f"{target}: {what}, so nothing was replaced; {cure}")

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from remint.core import machine
 from remint.core.errors import GpuTooSmall, RemintError, gpu_out_of_memory, one_line, out_of_memory
 from remint.core.files import read_object
 from remint.runner import recipes
@@ -25,6 +26,8 @@ def explaining_errors(command: str, settings: Mapping[str, Any]) -> Iterator[Non
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
+        if explained := machine.explain(error):  # a limit of this process, which no setting can lift
+            raise RemintError(f"{command}: {explained[0]}; {explained[1]}") from error
         tries = _smaller(command, settings)
         if gpu_out_of_memory(error) and command != "train":
             tries.append(_ON_CPU)

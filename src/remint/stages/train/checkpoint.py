@@ -12,14 +12,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from remint.core import manifest
-from remint.core.errors import ArtefactError, got, lacks_permission, lacks_space, one_line
+from remint.core import machine, manifest
+from remint.core.errors import ArtefactError, got, one_line
 from remint.core.files import read_object
 from remint.model.checkpoint_layout import STATE, TENSORS, folder_name
 
 KIND = "training step"
 # Room for the small files of a checkpoint, next to its tensors.
 _SLACK_BYTES = 1 << 20
+_INTACT = "earlier checkpoints are intact"
 
 
 @dataclass(frozen=True)
@@ -68,20 +69,19 @@ class Draft:
             return {target / name: entry for name, entry in known.items()}
         except OSError as error:
             shutil.rmtree(self._folder, ignore_errors=True)
-            if lacks_space(error):
+            if (explained := machine.explain(error, self._root)) is None:
+                raise
+            if self._lack() > 0:
                 raise self._full() from error
-            if lacks_permission(error):
-                raise ArtefactError(
-                    f"{self._root}: cannot be written ({error.strerror}); make it writable and run again"
-                ) from error
-            raise
+            what, cure = explained
+            raise ArtefactError(f"{self._root}: {what}; {cure}, {_INTACT}") from error
 
     def _write(self, given: Mapping[str, torch.Tensor]) -> manifest.Entry:
         tensors = save_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in sorted(given.items())})
         self._root.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(self._folder, ignore_errors=True)
         self._need += len(tensors)
-        if shutil.disk_usage(self._root).free < self._need:
+        if self._lack() > 0:
             raise self._full()
         self._folder.mkdir()
         path = self._folder / TENSORS
@@ -90,12 +90,14 @@ class Draft:
         return manifest.described([path])[path]
 
     def _full(self) -> ArtefactError:
-        lack = self._need - shutil.disk_usage(self._root).free  # a quota may be full although the disk is not
-        more = f", {lack / 2**20:.0f} MiB more are needed" if lack > 0 else ""
         return ArtefactError(
-            f"{self._root}: no room for the checkpoint of step {self._step}{more}; free space and run again, earlier "
-            "checkpoints are intact"
+            f"{self._root}: no room for the checkpoint of step {self._step}, {self._lack() / 2**20:.0f} MiB more are "
+            f"needed; free space and run again, {_INTACT}"
         )
+
+    def _lack(self) -> int:
+        """Bytes that are missing on the disk; 0 or less if the disk has room."""
+        return self._need - machine.free_bytes(self._root)
 
 
 def prune(root: Path, keep: set[int]) -> None:
