@@ -254,3 +254,20 @@ def in_root(monkeypatch: pytest.MonkeyPatch) -> Path:
     """The repository root as the working directory, with params.yaml and conf/."""
     monkeypatch.chdir(ROOT)
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def toy_clone(tmp_path_factory):
+    """The project with toy stages, built once."""
+    from tests import toy
+
+    return toy.built(tmp_path_factory.mktemp("toy") / "clone")
+
+
+@pytest.fixture
+def toy(toy_clone):
+    """The built project with toy stages. After the test, everything is as it was."""
+    from tests.toy import restore
+
+    yield toy_clone
+    restore(toy_clone)

@@ -1,9 +1,11 @@
 """The project with stages that compute nothing: the same dvc.yaml, settings and commands, and an answer in a second."""
 
+import os
+import shutil
 from pathlib import Path
 
 from remint.core.paths import MADE_BY
-from tests.workplace import Workplace, clone
+from tests.workplace import STAGES, Workplace, clone
 
 # A stage that writes small files. While .scratch/hold exists it waits, before and after it publishes its artefact.
 _RUN = '''
@@ -45,7 +47,7 @@ def stage_run(*_):
 """
 
 
-def toy(root: Path) -> Workplace:
+def new(root: Path) -> Workplace:
     """A committed copy of the project at `root` with toy stages, before its first run."""
     made = clone(root, "cpu", {})
     for stage, kind in MADE_BY.items():
@@ -58,3 +60,31 @@ def toy(root: Path) -> Workplace:
     made.run("git", "add", "-A")
     made.run("git", "commit", "-q", "-m", "start")
     return made
+
+
+def built(root: Path) -> Workplace:
+    """The same after its first `dvc repro`, committed and shared to the folder `remote` beside it."""
+    made = new(root)
+    assert made.repro() == STAGES
+    made.run("git", "add", "-A")
+    made.run("git", "commit", "-q", "-m", "built")
+    made.run("dvc", "remote", "add", "-q", "-d", "team", str(root.parent / "remote"))
+    made.run("dvc", "push", "-q", "--run-cache")
+    made.run("git", "commit", "-q", "-a", "-m", "remote")
+    return made
+
+
+def restore(made: Workplace) -> None:
+    """Undo everything that a test has changed."""
+    for path in [*(made.root / ".scratch").glob("hold-*"), *(made.root / ".scratch").glob("at-*")]:
+        path.unlink()
+    for path in [*made.root.glob("data/*"), *made.root.glob("data/.*"), made.root / "thesis"]:
+        if path.name in ("source", ".gitignore"):
+            continue
+        path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path, ignore_errors=True)
+    made.run("git", "checkout", "-q", "--", ".")
+    made.run("git", "clean", "-q", "-d", "--force", "src", "conf", "data")
+    for path in (made.root / "docker").iterdir():
+        os.utime(path, (0, 0))  # make would set up the environment again for a newer one
+    made.run("dvc", "checkout", "-q")
+    assert made.run("dvc", "status").strip() == "Data and pipelines are up to date."

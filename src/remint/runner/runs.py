@@ -266,5 +266,6 @@ def _circumstances() -> dict[str, str]:
 
 def _git(*arguments: str) -> str:
     with contextlib.suppress(OSError):
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else ""  # without a commit, rev-parse prints its argument
     return ""
