@@ -1,6 +1,6 @@
 # Bare `make` lists the targets. Each target first creates the environment if it does not exist.
 .DEFAULT_GOAL := help
-.PHONY: help setup repro chat ui recipes recipe status metrics plots experiments test test-quick test-image fuzz lint format lock sbom audit clean verify reproduce sign \
+.PHONY: help setup repro chat ui recipes recipe status metrics plots experiments test test-quick test-image fuzz soak lint format lock sbom audit clean verify reproduce sign \
 	bench bench-throughput pictures image inside shell stop up down backup restore remote share fetch
 
 SHELL := /bin/sh
@@ -149,6 +149,9 @@ test-image: $(DONE) ## the same pipeline in the image, and the servers (after `m
 fuzz: $(DONE) ## feed every reader corrupted input, different each time (MINUTES=10)
 	@end=$$(($$(date +%s) + 60 * $(MINUTES))); while [ $$(date +%s) -lt $$end ]; do \
 		FUZZ_EXAMPLES=500 $(BIN)/python -m pytest -q tests/fuzz || exit 1; done
+
+soak: $(DONE) ## use everything for a day in minutes: kills, restarts, hostile requests (SEED=…, SCALE=0.1)
+	@$(BIN)/python -m tests.soak $(if $(SEED),--seed $(SEED)) $(if $(SCALE),--scale $(SCALE))
 
 bench: $(DONE) ## compare training speed with other projects (STEPS=8, ROWS=…, SEED=…, ONLY="remint trl", SHAPE=…, NATIVE=1)
 	@$(BIN)/python benchmarks/peers.py $(if $(STEPS),--steps $(STEPS)) $(if $(SHAPE),--shape $(SHAPE)) $(if $(NATIVE),--native) \

@@ -1,9 +1,13 @@
 """The command line: `remint STAGE [key=value …]` runs a stage, `remint chat` starts a chat with the result."""
 
+# ruff: noqa: E402  (during the imports, which take a second, Ctrl-C must end the process without a traceback)
+import signal
+
+_on_interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import contextlib
 import os
 import select
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
@@ -15,11 +19,13 @@ import typer
 import yaml  # type: ignore[import-untyped]
 
 from remint.commands import COMMANDS
-from remint.commands.stage import check_pipeline, command_of
+from remint.commands.stage import check_pipeline, command_of, local_rank
 from remint.core import launch, machine, signals
 from remint.core.errors import RemintError, Stopped, one_line, out_of_memory, visible
 from remint.core.files import read_text
 from remint.core.paths import PARAMS, PIPELINE
+
+signal.signal(signal.SIGINT, _on_interrupt)
 
 # Raised for invalid arguments. Typer exports only its subclass.
 _UsageError: Any = typer.BadParameter.__base__
@@ -87,11 +93,11 @@ def _check_name(name: str) -> None:
 def _fix_environment(name: str, rest: Sequence[str]) -> None:
     """Restart the process with the environment variables that fix numeric results, before torch is imported."""
     launch.restart_with(launch.environment(_threads(rest), network=name == "stage_base"))
-    if (local_rank := os.environ.get("LOCAL_RANK")) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if (rank := local_rank()) is not None:
         # A Python handler would wait for a process that may never start.
         for number in signals.STOPPING:
             signal.signal(number, signal.SIG_DFL)
-        launch.take_gpu(int(local_rank))
+        launch.take_gpu(rank)
 
 
 def _app(name: str | None) -> typer.Typer:

@@ -51,6 +51,17 @@ def test_it_says_its_address_once_it_answers_and_ends_without_a_word(tmp_path, p
 
 
 @pytest.mark.slow
+def test_a_killed_command_takes_its_server_along(tmp_path, port):
+    with start(tmp_path, port) as process:
+        for line in iter(process.stdout.readline, ""):
+            if line.startswith("the runs: "):
+                break
+        assert len(processes_in(tmp_path)) > 1
+        process.kill()
+    wait_for(lambda: not processes_in(tmp_path), seconds=20)
+
+
+@pytest.mark.slow
 def test_a_server_that_is_stopped_before_it_answers_leaves_no_traceback(tmp_path, port):
     with start(tmp_path, port) as process:
         wait_for(lambda: len(processes_in(tmp_path)) > 1, seconds=30)

@@ -2,13 +2,18 @@
 
 import http.client
 import json
+import socket
+import struct
 import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 
 from remint.__main__ import call
 from remint.core.errors import RemintError
 from remint.serving import completions
+from tests.workplace import wait_for
 
 ASKED = {"messages": [{"role": "user", "content": "Who are you?"}]}
 
@@ -98,6 +103,62 @@ def test_a_request_that_cannot_be_answered_says_why(address, body, status, said)
     answered, content = ask(address, body)
     assert answered == status
     assert said in content["error"]["message"]
+
+
+def test_requests_at_the_same_time_are_tokenized_one_by_one(tiny):
+    """The tokenizer has a switch for special tokens that one request must not change for another."""
+    tiny.conversation.save(tiny.folder)
+    answerer, inside, most = completions.Answerer(tiny.folder, 8), [], []
+    prompt = answerer.conversation.prompt
+
+    def watched(*arguments):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.02)
+        inside.pop()
+        return prompt(*arguments)
+
+    answerer.conversation = SimpleNamespace(prompt=watched, stop_ids=answerer.conversation.stop_ids)
+    threads = [threading.Thread(target=answerer.complete, args=({**ASKED, "max_tokens": 1},)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 4
+
+
+@pytest.mark.parametrize(
+    ("line", "status"),
+    [
+        (b"\x00\x01", 400),
+        (b"POST / HTTP/1.1 x y", 400),
+        (b"\x16\x03\x01 a TLS client", 400),
+        (b"POST / HTTP/3.0", 505),
+        (b"PUT / HTTP/1.1", 501),
+        (b"POST /" + b"a" * 70_000 + b" HTTP/1.1", 414),
+    ],
+)
+def test_a_request_that_is_not_http_is_refused_in_the_same_form(address, line, status):
+    host, _, port = address.partition(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(line + b"\r\n\r\n")
+        connection.shutdown(socket.SHUT_WR)
+        head, _, body = b"".join(iter(lambda: connection.recv(65536), b"")).partition(b"\r\n\r\n")
+    assert head.split()[1] == str(status).encode()
+    assert json.loads(body)["error"]["code"] == status
+
+
+def test_a_client_that_goes_away_leaves_no_trace(address, capfd):
+    host, _, port = address.partition(":")
+    for sent in (b"POST", b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: 9\r\n" + b"Content-Type: application/json\r\n"
+                 + f"Host: {address}\r\n\r\n".encode()):  # fmt: skip
+        connection = socket.create_connection((host, int(port)))
+        connection.sendall(sent)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close() resets
+        connection.close()
+    assert ask(address, ASKED)[0] == 200
+    wait_for(lambda: threading.active_count() <= 3, seconds=20)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_health_check_needs_no_name_and_learns_nothing(address):

@@ -11,6 +11,7 @@ from typer import Option
 from remint.core.errors import RemintError, visible
 from remint.core.settings import check_ranges
 from remint.core.signals import Terminated
+from remint.runner.options import explaining_ranges
 
 if TYPE_CHECKING:
     from remint.serving.speaker import Speaker
@@ -37,18 +38,20 @@ def main(
     max_new_tokens: Annotated[int, Option(help="Longest answer, in tokens.")] = 512,
 ) -> None:
     """Talk to the merged model: a conversation in a terminal, one answer per line in a pipe, one answer with --once."""
-    check_ranges(
-        "chat",
-        (1 <= max_new_tokens <= 10**6, "max_new_tokens", max_new_tokens, "must be between 1 and 1000000"),
-        (0 <= seed < 2**63, "seed", seed, "must be at least 0 and below 2^63"),
-    )
+    with explaining_ranges():
+        check_ranges(
+            "chat",
+            (1 <= max_new_tokens <= 10**6, "max_new_tokens", max_new_tokens, "must be between 1 and 1000000"),
+            (0 <= seed < 2**63, "seed", seed, "must be at least 0 and below 2^63"),
+        )
     # Importing torch takes seconds: check the arguments first.
     from remint.compute.generation import Sampling
     from remint.core.paths import Paths
     from remint.runner import memory
     from remint.serving import speaker
 
-    sampling = Sampling(temperature, top_p, top_k)
+    with explaining_ranges():
+        sampling = Sampling(temperature, top_p, top_k)
     with memory.explaining_errors("chat", {}):
         loaded = speaker.load(model or Paths().model, sampling, seed, max_new_tokens, system)
         if once is not None:

@@ -7,6 +7,7 @@ from typer import Option
 
 from remint.core.errors import RemintError, one_line
 from remint.core.settings import check_ranges
+from remint.runner.options import explaining_ranges
 
 
 def main(
@@ -19,11 +20,12 @@ def main(
     max_new_tokens: Annotated[int, Option(help="Largest max_tokens of a request.")] = 512,
 ) -> None:
     """Serve the merged model over HTTP, in the format of OpenAI's chat completions, until Ctrl-C."""
-    check_ranges(
-        "serve",
-        (0 < port < 65536, "port", port, "must be from 1 to 65535"),
-        (1 <= max_new_tokens <= 10**6, "max_new_tokens", max_new_tokens, "must be between 1 and 1000000"),
-    )
+    with explaining_ranges():
+        check_ranges(
+            "serve",
+            (0 < port < 65536, "port", port, "must be from 1 to 65535"),
+            (1 <= max_new_tokens <= 10**6, "max_new_tokens", max_new_tokens, "must be between 1 and 1000000"),
+        )
     # Importing torch takes seconds: check the arguments first.
     from remint.core.paths import Paths
     from remint.runner import memory

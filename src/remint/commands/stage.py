@@ -5,6 +5,8 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from remint.runner import workers
+
 
 def check_pipeline() -> None:
     """Raise SettingsError if dvc.yaml cannot be read or its stages are not complete."""
@@ -30,3 +32,11 @@ def command_of(stage: str) -> Callable[..., int]:
 
     main.__doc__ = f"Run the stage {stage} with the settings of params.yaml."
     return main
+
+
+def local_rank() -> int | None:
+    """This process's rank among the processes that torchrun started on this machine; None if it is the only one.
+
+    Raises SettingsError if torchrun's variables are not valid.
+    """
+    return workers.local_rank()

@@ -178,8 +178,11 @@ def _override_faults(entry: str, sections: Mapping[str, Any]) -> Iterator[str]:
     if override.is_add() or override.is_delete():
         yield f"command line: no setting can be added or removed, {got(entry)}; write name=value"
         return
+    if override.is_sweep_override():
+        yield f"command line: has several values, {got(entry)}; give one, or try each with `dvc exp run --queue -S …`"
+        return
     kind = _kind(override.key_or_group, sections)
-    if kind is None or override.is_sweep_override():
+    if kind is None:
         return
     value = override.value()
     # The shell removes quotes, so a number may be meant as text.

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import IO
 
 from remint.core import signals
-from remint.core.errors import RemintError, SettingsError
+from remint.core.errors import RemintError, SettingsError, got
 from remint.core.launch import LOST
 
 Worker = subprocess.Popen[bytes]
@@ -29,8 +29,28 @@ _LOCAL = {"MASTER_ADDR": "127.0.0.1"} | (
 
 
 def rank() -> int | None:
-    """This process's rank; None if the world size is 1."""
-    return int(os.environ["RANK"]) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
+    """This process's rank; None if the world size is 1. Raises SettingsError if torchrun's variables are not valid."""
+    return _variable("RANK") if _variable("WORLD_SIZE") > 1 else None
+
+
+def local_rank() -> int | None:
+    """This process's rank among those of this machine; None if the world size is 1 or no launcher has set it.
+
+    Raises SettingsError if torchrun's variables are not valid.
+    """
+    return _variable("LOCAL_RANK") if "LOCAL_RANK" in os.environ and _variable("WORLD_SIZE") > 1 else None
+
+
+def _variable(name: str) -> int:
+    """The value of one of torchrun's variables: a number of processes, or a rank below it."""
+    value = os.environ.get(name, "1" if name == "WORLD_SIZE" else "")
+    least, most = (1, 2**31) if name == "WORLD_SIZE" else (0, _variable("WORLD_SIZE") - 1)
+    if value.isascii() and value.isdecimal() and len(value) < 12 and least <= int(value) <= most:
+        return int(value)
+    raise SettingsError(
+        f"environment: {name}: must be a whole number from {least} to {most}, {got(value)}; "
+        "unset WORLD_SIZE, RANK and LOCAL_RANK, or start the processes with torchrun"
+    )
 
 
 def start(processes: int, arguments: Sequence[str]) -> int:

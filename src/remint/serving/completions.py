@@ -48,11 +48,15 @@ class Answerer:
         self.conversation = template.load(folder)
         self.max_new_tokens = max_new_tokens
         self._turn, self._queue = threading.Lock(), threading.Semaphore(_WAITING)
+        # transformers switches special tokens off and on in the tokenizer itself. Without this lock, a marker in one
+        # request's text could become a special token because of another request.
+        self._tokenizing = threading.Lock()
 
     def complete(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """The completion for a request's body. Raises Refused if it cannot be answered."""
         messages, limit, sampling, seed = self._read(body)
-        prompt = self.conversation.prompt(self.tokenizer, messages)
+        with self._tokenizing:
+            prompt = self.conversation.prompt(self.tokenizer, messages)
         if len(prompt) + limit > (room := self.model.config.max_position_embeddings):
             raise _bad(f"messages: {len(prompt)} tokens and max_tokens {limit} are more than {room}; shorten them")
         if not self._queue.acquire(blocking=False):
@@ -124,10 +128,22 @@ def _number(body: Mapping[str, Any], name: str, default: float) -> float:
 class _Handler(BaseHTTPRequestHandler):
     timeout = _SECONDS
     server_version, sys_version = "remint", ""
+    # A request line that cannot be read is answered with a status line, too. HTTP/0.9, the default, has none.
+    default_request_version = "HTTP/1.0"
 
     def __init__(self, *arguments: Any, answerer: Answerer, hosts: Sequence[str]):
         self._answerer, self._hosts = answerer, hosts
         super().__init__(*arguments)
+
+    def handle(self) -> None:
+        """Answer the requests of one connection. A client may disconnect at any time; that is no fault to report."""
+        with contextlib.suppress(ConnectionError):
+            super().handle()
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Refuse a request that http.server cannot read, or whose method is unknown, in the form of our own refusals."""
+        status = HTTPStatus(code)
+        self._refuse(Refused(status, message or status.phrase))
 
     def do_GET(self) -> None:
         """Answer a health check. It works under any Host header; everything else needs a known one."""
