@@ -332,3 +332,18 @@ def test_a_dvc_that_is_killed_takes_its_stage_along(toy):
     process.communicate()
     wait_for(lambda: not processes_in(toy.root), seconds=20)
     assert not [path for path in (toy.root / "data").glob(".*") if path.name != ".gitignore"]
+
+
+def test_what_a_killed_stage_left_goes_when_its_result_comes_from_the_run_cache(toy):
+    hidden = toy.root / "data/.model.draft"
+    (toy.root / ".scratch/hold-inside").touch()
+    process = toy.start("docker/run", "python", "-m", "remint", "merge")
+    wait_for((toy.root / ".scratch/at-inside").exists, process)
+    process.kill()
+    process.wait()
+    (toy.root / ".scratch/hold-inside").unlink()
+    assert (hidden / "lock").exists()
+    shutil.rmtree(toy.root / "data/model")
+    assert "Running stage 'merge'" not in toy.run("dvc", "repro")
+    assert (toy.root / "data/model/file").exists()
+    assert not hidden.exists()

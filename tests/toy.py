@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from remint.core import manifest
+from remint.stages.merge import provenance
 
 HERE = Path({root!r}) / ".scratch"
 
@@ -30,6 +31,10 @@ def run(*, paths, declared, log, **settings):
         for name in {names!r}:
             (draft / name).write_text(declared.fingerprint)
         facts.update(made_by={{"{stage}": declared.record}}, name="A", identity={{"name": "A", "maker": "B"}})
+        if "{kind}" == "model":
+            source = {{"kind": "local_folder", "location": "folder", "revision": None}}
+            base, dataset = {{"source": source, "source_files": {{}}}}, {{"identity": {{}}, "sources": {{}}}}
+            provenance.write(draft, base, dataset, facts["made_by"])
         if {metrics}:
             (draft / "metrics.json").write_text('{{"merged": {{"name": 1}}}}')
         wait("inside")

@@ -351,26 +351,11 @@ def commands():
 
 
 # Faults that the code does not report well yet, by the start of their names, and the place to mend.
-PENDING = {
-    "sync: http://[": "runner/tracking.py: sync() lets a ValueError pass",
-    "sync: http://\x1b": "runner/tracking.py: sync() lets a ValueError pass",
-    "sync: sqlite://": "runner/tracking.py: sync() lets errors of SQLAlchemy pass, and accepts a store in memory",
-    "sync: postgresql": "runner/tracking.py: sync() lets a ModuleNotFoundError pass",
-    "sync: mlflow.db": "runner/tracking.py: sync() lets errors of SQLAlchemy pass",
-    "train: files of": "runner/tracking.py: MLflow's logger prints a traceback of its own",
-    "train: 8 open": "runner/tracking.py: MLflow's logger prints a traceback of its own",
-    "eval_chat: files of": "runner/tracking.py: MLflow's logger prints a traceback of its own",
-    "'export' 'internlm2' 'params.yaml'": "core/manifest.py: a file in the place of the target is replaced",
-    "identity.json: b'[{\"conversations": "stages/replicate_data: the message has no cure",
-    "identity_held_out.json: b'[{\"conversations": "stages/replicate_data: the message has no cure",
-}
-
 LIGHT = {f.__name__: f for f in (settings, overrides, arguments, yaml_files, data, environment, limits)}
 HEAVY = {f.__name__: f for f in (arguments_of_models, artefacts, models, bases, stores, machine, signals)}
 
 
 @functools.cache
 def every(kind):
-    """The faults of one kind, without those that are pending."""
-    made = {**LIGHT, **HEAVY, "commands": commands}[kind]()
-    return [fault for fault in made if not fault.name.startswith(tuple(PENDING))]
+    """The faults of one kind."""
+    return {**LIGHT, **HEAVY, "commands": commands}[kind]()

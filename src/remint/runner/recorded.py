@@ -1,5 +1,7 @@
 """Compares what an artefact was made with, by its manifest, with params.yaml, conf/, the code, and dvc.lock."""
 
+import fcntl
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -7,11 +9,13 @@ from typing import Any
 
 from remint.core import manifest
 from remint.core.errors import ArtefactError, RemintError
-from remint.core.paths import CONF, MADE_BY, PARAMS, Paths
+from remint.core.paths import CONF, MADE_BY, PARAMS, SCRATCH, Paths
 from remint.runner import pipeline, preflight
 from remint.runner.config import compose_raw, load_yaml, place_of
 
 LOCK = Path("dvc.lock")
+# The name of the lock files in drafts and in the folders of unfinished trainings.
+LOCK_FILE = "lock"
 
 
 def check(stage: str) -> None:
@@ -86,8 +90,35 @@ def _equal(one: Any, other: Any) -> bool:
     return bool(one == other) or str(one) == str(other)
 
 
+def tidy(stage: str) -> None:
+    """Remove what killed runs of a stage left, now that its artefact is there. Another run's folders stay.
+
+    DVC may take a result from its run cache instead of running the stage again, which would clear this away.
+    """
+    kind = MADE_BY[stage]
+    place: Path = getattr(Paths(), kind)
+    left = [place.with_name(f".{place.name}.draft")]
+    if stage == "train":
+        fingerprint = manifest.read(place, kind).get("origin", {}).get("fingerprint")
+        left += [SCRATCH / "train" / fingerprint] if isinstance(fingerprint, str) else []
+    for folder in left:
+        if (folder / LOCK_FILE).is_file() and _is_free(folder / LOCK_FILE):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_free(lock: Path) -> bool:
+    """Whether no process holds a lock file."""
+    try:
+        with lock.open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
 if __name__ == "__main__":  # started by the guard in DVC's process, before DVC records the stage
     try:
         check(sys.argv[1])
+        tidy(sys.argv[1])
     except RemintError as error:
         sys.exit(str(error))

@@ -162,7 +162,9 @@ def _turns(record: dict[str, Any], field: str, role_key: str, text_key: str, rol
         if not isinstance(turn, dict):
             faults.append(f"{where}: must be an object, {got(turn)}; write {{{role_key!r}: …, {text_key!r}: …}}")
         elif not isinstance(turn.get(role_key), str) or turn[role_key] not in roles:
-            faults.append(f"{where}: {role_key!r} must be one of {', '.join(roles)}, {got(turn.get(role_key))}")
+            faults.append(
+                f"{where}: {role_key!r} must be one of {', '.join(roles)}, {got(turn.get(role_key))}; rename the role"
+            )
         else:
             faults += [f"{where}: {fault}" for fault in _text_faults(turn, text_key)]
             messages.append({"role": roles[turn[role_key]], "content": str(turn.get(text_key)).strip()})
