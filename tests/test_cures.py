@@ -29,8 +29,8 @@ def damage(toy):
 
 def without_manifest(toy):
     (toy.root / "data/model/manifest.json").unlink()
-    move_away(toy, "data/model/file")
-    move_away(toy, "data/model/sub.txt")
+    for path in (toy.root / "data/model").iterdir():
+        move_away(toy, str(path.relative_to(toy.root)))
 
 
 def move_away(toy, name):
@@ -193,7 +193,8 @@ def test_what_a_refusal_advises_ends_it(toy, case):
         advised = commands_in(said)
         assert advised, said
         for line in dict.fromkeys(advised):
-            toy.run(*shlex.split(line))
+            # A toy has no figures for the summary at the end of `make repro`.
+            toy.run(*shlex.split("dvc repro" if line == "make repro" else line))
     toy.run(*command)
     if (kept := toy.root.parent / "kept-git").exists():
         shutil.rmtree(toy.root / ".git")
@@ -201,19 +202,12 @@ def test_what_a_refusal_advises_ends_it(toy, case):
     toy.run("git", "checkout", "-q", "--", ".")
 
 
-@pytest.mark.parametrize(
-    ("limit", "said"),
-    [
-        ("ulimit -f 0", "larger than this process may write, 0 bytes (ulimit -f), so nothing was replaced"),
-        ("ulimit -n 6", "may open only 6 files (ulimit -n)"),
-    ],
-)
-def test_a_limit_is_raised_by_the_command_that_is_named(toy, limit, said):
-    line = f"ulimit -S{limit[7:]} && {{}} docker/run python -m remint merge"
+def test_a_limit_is_raised_by_the_command_that_is_named(toy):
+    line = "ulimit -Sf 0 && {} docker/run python -m remint merge"
     found = toy.run("bash", "-c", line.format(""), status=1)
-    assert said in found
+    assert "larger than this process may write, 0 bytes (ulimit -f), so nothing was replaced" in found
     (advised,) = {command for command in commands_in(found) if command.startswith("ulimit")}
-    toy.run("bash", "-c", line.format(f"{advised.replace('ulimit ', 'ulimit -S').replace(' -n 4096', ' -n 1024')} &&"))
+    toy.run("bash", "-c", line.format(f"{advised} &&"))
 
 
 def test_another_process_that_makes_the_artefact_is_waited_for(toy):
