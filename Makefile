@@ -137,18 +137,18 @@ fetch: $(DONE) ## pull everything from the remote, so that nothing is trained ag
 	@$(BIN)/dvc pull --run-cache
 
 test: $(DONE) ## the quick suite, then the pipeline end to end on a tiny real model
-	$(BIN)/python -m pytest -q -m "not slow and not engine"
+	$(BIN)/python -m pytest -q -m "not slow and not engine and not soak"
 	@bash tests/slow.sh $(BIN)/python
 
 test-quick: $(DONE) ## only the quick suite
-	$(BIN)/python -m pytest -q -m "not slow and not engine"
+	$(BIN)/python -m pytest -q -m "not slow and not engine and not soak"
 
 test-image: $(DONE) ## the same pipeline in the image, and the servers (after `make image`)
 	$(BIN)/python -m pytest -q -m engine
 
 fuzz: $(DONE) ## feed every reader corrupted input, different each time (MINUTES=10)
 	@end=$$(($$(date +%s) + 60 * $(MINUTES))); while [ $$(date +%s) -lt $$end ]; do \
-		FUZZ_EXAMPLES=500 $(BIN)/python -m pytest -q tests/fuzz || exit 1; done
+		FUZZ_EXAMPLES=500 $(BIN)/python -m pytest -q tests/fuzz tests/test_generated_faults.py || exit 1; done
 
 soak: $(DONE) ## use everything for a day in minutes: kills, restarts, hostile requests (SEED=…, SCALE=0.1)
 	@$(BIN)/python -m tests.soak $(if $(SEED),--seed $(SEED)) $(if $(SCALE),--scale $(SCALE))

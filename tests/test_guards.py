@@ -81,10 +81,9 @@ def test_no_command_deletes_what_no_stage_wrote(toy, own):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("own", [instead_of_the_artefact, beside_the_artefact])
-def test_a_single_stage_is_refused_by_the_name_of_the_file(toy, stage, own):
+def test_a_single_stage_is_refused_by_the_name_of_the_file(toy, stage):
     target = toy.root / "data" / MADE_BY[stage]
-    own(target)
+    (instead_of_the_artefact if STAGES.index(stage) % 2 else beside_the_artefact)(target)
     before = own_files(toy.root)
     for command in (
         ("dvc", "repro", "--force", "--single-item", stage),
@@ -126,7 +125,7 @@ def test_a_queued_experiment_deletes_nothing_and_is_applied_to_no_place_of_the_u
     assert own_files(toy.root) == before
 
 
-@pytest.mark.parametrize("where", ["thesis", "src", "conf/model", ".git", "data", "data/source", "data/model/sub"])
+@pytest.mark.parametrize("where", ["thesis", "src", "data/model/sub"])
 def test_a_place_is_no_setting(toy, where):
     (toy.root / "thesis").mkdir()
     (toy.root / "thesis/chapter.txt").write_text("mine")
