@@ -68,7 +68,7 @@ def test_no_command_deletes_what_no_stage_wrote(toy, own):
     for kind in KINDS:
         own(toy.root / "data" / kind)
     before = own_files(toy.root)
-    lock = (toy.root / "dvc.lock").read_bytes()
+    lock = recorded(toy)
     toy.edit("seed: 42", "seed: 43")
     for command in COMMANDS:
         done = toy.start(*command, stdout=-1, stderr=-2)
@@ -77,7 +77,7 @@ def test_no_command_deletes_what_no_stage_wrote(toy, own):
         assert "Traceback" not in said
         assert "data/" in said
         assert own_files(toy.root) == before, (command, said)
-    assert (toy.root / "dvc.lock").read_bytes() == lock
+    assert recorded(toy) == lock
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -292,8 +292,57 @@ def test_a_damaged_object_of_the_cache_is_not_shared(toy):
     path.chmod(0o644)
     path.write_bytes(b"damaged")
     said = toy.run("make", "share", status=2)
-    assert "names data/adapter/file, whose cached content is damaged" in said
+    assert f"{path}: is damaged; it is a file of the adapter; remove that file" in said
     path.write_bytes(kept)
+
+
+@pytest.mark.parametrize("text", ["outs: foo", "[3]", "cmd: python -m remint merge\nouts: [3]", "cmd: 7"])
+def test_an_entry_of_the_run_cache_that_is_none_is_one_line(toy, text):
+    entry = toy.root / ".dvc/cache/runs/ab" / ("ab" * 32) / ("cd" * 32)
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    entry.write_text(text)
+    said = toy.run("remint", "verify", "--run-cache", status=1)
+    entry.unlink()
+    assert str(entry) in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("own", ["data/adapter/file", "data/adapter/notes.txt"])
+def test_a_commit_records_nothing_that_no_stage_made(toy, own):
+    (toy.root / own).write_text("mine")
+    before = recorded(toy)
+    assert own in toy.run("dvc", "commit", "--force", "convert", status=255)
+    assert recorded(toy) == before
+
+
+@pytest.mark.parametrize(
+    "cmd",
+    ["docker/run remint merge", "docker/run python -W ignore -m remint merge", "docker/run python  -m remint merge"],
+)
+def test_a_place_is_guarded_however_the_stage_is_called(toy, cmd):
+    (toy.root / "data/model/thesis.txt").write_text("mine")
+    file = toy.root / "dvc.yaml"
+    file.write_text(file.read_text().replace("exec docker/run python -m remint merge", cmd))
+    said = toy.run("dvc", "repro", "--force", "--single-item", "merge", status=255)
+    assert "data/model: holds what no stage wrote" in said
+    assert (toy.root / "data/model/thesis.txt").read_text() == "mine"
+
+
+def test_an_output_that_was_taken_out_of_the_pipeline_keeps_files_of_the_user(toy):
+    (toy.root / "data/model/mlruns").mkdir()  # .dvcignore names it, so DVC does not see it
+    (toy.root / "data/model/mlruns/thesis.txt").write_text("mine")
+    file = toy.root / "dvc.yaml"
+    text = file.read_text()
+    file.write_text(text[: text.index("  merge:\n")])
+    assert "holds what no stage wrote" in toy.run("dvc", "checkout", status=255)
+    assert (toy.root / "data/model/mlruns/thesis.txt").read_text() == "mine"
+
+
+def test_applying_an_experiment_keeps_edits_that_are_not_committed(toy):
+    toy.run("dvc", "exp", "run", "--temp", "-n", "edited", "-S", "seed=46")
+    (toy.root / "README.md").write_text("mine")
+    assert "README.md: changed and not committed" in toy.run("dvc", "exp", "apply", "edited", status=255)
+    assert (toy.root / "README.md").read_text() == "mine"
 
 
 def test_a_stage_that_is_not_ours_is_left_alone(toy):

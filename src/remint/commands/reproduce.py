@@ -58,7 +58,7 @@ def main(
                 warn_if_stale(rebuild.folder)
             run(rebuild)
         differing = compare(here, rebuilds, committed)
-    except Stopped:
+    except (Stopped, KeyboardInterrupt):
         shutil.rmtree(place)
         raise
     except BaseException:

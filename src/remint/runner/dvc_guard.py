@@ -1,14 +1,15 @@
 """Guards in DVC's own process: DVC removes nothing that no stage wrote, and records nothing but what ran.
 
 DVC removes a stage's output before it starts the stage, and it records settings and inputs as they are when the stage
-has ended. No check inside a stage can see either. So these functions wrap four of DVC's own when DVC imports them
-(dvc_hook.py). Stages of dvc.yaml that do not run remint are left alone.
+has ended. No check inside a stage can see either. So these functions wrap some of DVC's own when DVC imports
+them (dvc_hook.py). Stages of dvc.yaml that do not write to the folders of remint's artefacts are left alone.
 """
 
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -16,27 +17,37 @@ from typing import Any
 from remint.core.errors import RemintError
 from remint.core.manifest import check_place
 from remint.core.paths import ARTEFACTS, MADE_BY, Paths
+from remint.core.process import end_with_parent
+
+_FIXED = tuple((getattr(Paths(), kind), kind) for kind in ARTEFACTS)
+# A stage's command, however Python or the entry point is called.
+_COMMAND = re.compile(r"\bremint\s+(\w+)")
 
 
 def guard_stage(module: Any) -> None:
     """`dvc repro` and `dvc exp run`: judge a place before it is removed, and a result before it is recorded."""
     stage_class = module.Stage
-    remove_outs, save_outs = stage_class.remove_outs, stage_class.save_outs
+    run, remove_outs, save_outs = stage_class.run, stage_class.remove_outs, stage_class.save_outs
+
+    @wraps(run)
+    def watched(self: Any, *arguments: Any, **options: Any) -> None:
+        self.__dict__["_remint_started"] = [dep.get_hash() for dep in self.deps] if _kinds_of(self) else None
+        run(self, *arguments, **options)
 
     @wraps(remove_outs)
     def judged(self: Any, *arguments: Any, **options: Any) -> None:
         _check_places(_places_of(self))
-        self.__dict__["_remint_started"] = [dep.get_hash() for dep in self.deps] if _name(self) else None
         remove_outs(self, *arguments, **options)
 
     @wraps(save_outs)
     def compared(self: Any, *arguments: Any, **options: Any) -> None:
-        if name := _name(self):
-            _check_unchanged(self, name)
-            _run("-m", "remint.runner.recorded", name, cwd=self.wdir)
+        _check_unchanged(self)
+        for stage, kind in MADE_BY.items():
+            if kind in _kinds_of(self):
+                _run("-m", "remint.runner.recorded", stage, cwd=self.wdir)
         save_outs(self, *arguments, **options)
 
-    stage_class.remove_outs, stage_class.save_outs = judged, compared
+    stage_class.run, stage_class.remove_outs, stage_class.save_outs = watched, judged, compared
 
 
 def guard_checkout(module: Any) -> None:
@@ -45,13 +56,44 @@ def guard_checkout(module: Any) -> None:
 
     @wraps(apply)
     def judged(diff: Any, path: str, *arguments: Any, **options: Any) -> None:
-        changing = [*diff.changes, *(entry.key for entry in diff.dirs_failed)]
-        known = {tuple(place.parts): kind for place, kind in _fixed_places()}
-        touched = {key: kind for key, kind in known.items() if any(changed[: len(key)] == key for changed in changing)}
-        _check_places((Path(path, *key), kind) for key, kind in touched.items())
+        changing = [Path(*key) for key in (*diff.changes, *(entry.key for entry in diff.dirs_failed))]
+        _check_places({found for key in changing for found in _places_at(key, Path(path))})
         apply(diff, path, *arguments, **options)
 
     module.apply = judged
+
+
+def guard_links(module: Any) -> None:
+    """`dvc checkout` after an output was taken out of dvc.yaml: DVC removes what it had linked there."""
+    remove_links = module.State.remove_links
+
+    @wraps(remove_links)
+    def judged(self: Any, unused: Iterable[str], fs: Any) -> None:
+        paths = list(unused)
+        _check_places({found for path in paths for found in _places_at(Path(path), Path(self.root_dir))})
+        remove_links(self, paths, fs)
+
+    module.State.remove_links = judged
+
+
+def guard_apply(module: Any) -> None:
+    """`dvc exp apply`: judge all places and the edited files before anything is overwritten."""
+    apply = module._apply
+
+    @wraps(apply)
+    def judged(repo: Any, *arguments: Any, **options: Any) -> None:
+        root = Path(repo.root_dir)
+        _check_places({(root / place, kind) for place, kind in _FIXED})
+        command = ["git", "status", "--porcelain", "-z", "--untracked-files=no"]
+        changed = subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.split("\0")
+        names = sorted({line[3:] for line in changed} - {"", "dvc.lock", "params.yaml"})
+        if names:
+            raise _refusal(
+                f"{', '.join(names)}: changed and not committed, and the change would be lost; commit it first"
+            )
+        apply(repo, *arguments, **options)
+
+    module._apply = judged
 
 
 def guard_push(module: Any) -> None:
@@ -66,28 +108,50 @@ def guard_push(module: Any) -> None:
     module.StageCache.push = verified
 
 
-def _check_unchanged(stage: Any, name: str) -> None:
+def _check_unchanged(stage: Any) -> None:
     """Compare the dependencies that DVC is about to record with those at the stage's start."""
     started = stage.__dict__.pop("_remint_started", None)
     changed = [str(dep) for dep, before in zip(stage.deps, started or (), strict=False) if dep.hash_info != before]
     if changed:
         raise _refusal(
-            f"{name}: {', '.join(changed)} changed while the stage ran, so its result is not recorded; undo the change "
-            "and run the same command, or run it as it is to start anew"
+            f"{stage.name}: {', '.join(changed)} changed while the stage ran, so its result is not recorded; undo the "
+            "change and run the same command, or run it as it is to start anew"
         )
 
 
-def _places_of(stage: Any) -> Iterator[tuple[Path, str]]:
-    """The places of a stage's outputs, with the kind of artefact; none for a stage that does not run remint."""
-    if (kind := MADE_BY.get(_name(stage) or "")) is None:
-        return
-    fixed = Path(stage.repo.root_dir, *(place for place, own in _fixed_places() if own == kind))
-    outs = [Path(out.fs_path) for out in stage.outs]
-    yield from {fixed if fixed == out or fixed in out.parents else out: kind for out in outs}.items()
+def _places_of(stage: Any) -> set[tuple[Path, str]]:
+    """The places of artefacts that a stage's outputs touch, each with its kind.
+
+    An output of a remint stage in another place is judged as if it were the artefact's place.
+    """
+    root = Path(stage.repo.root_dir)
+    own = _kind_by_command(stage)
+    found: set[tuple[Path, str]] = set()
+    for out in stage.outs:
+        path = Path(out.fs_path)
+        touched = _places_at(path.relative_to(root), root) if path.is_relative_to(root) else set()
+        found |= touched or ({(path, own)} if own else set())
+    return found
 
 
-def _fixed_places() -> Iterator[tuple[Path, str]]:
-    yield from ((getattr(Paths(), kind), kind) for kind in ARTEFACTS)
+def _kinds_of(stage: Any) -> set[str]:
+    """The kinds of artefacts that a stage writes; none for a stage of the user that has nothing to do with remint."""
+    own = _kind_by_command(stage)
+    return {kind for _, kind in _places_of(stage)} | ({own} if own else set())
+
+
+def _kind_by_command(stage: Any) -> str | None:
+    command = " ".join(stage.cmd) if isinstance(stage.cmd, list) else str(stage.cmd or "")
+    return next((MADE_BY[name] for name in _COMMAND.findall(command) if name in MADE_BY), None)
+
+
+def _places_at(path: Path, root: Path) -> set[tuple[Path, str]]:
+    """The fixed places that are, contain or lie in a path relative to `root`, as paths under `root`."""
+    return {
+        (root / place, kind)
+        for place, kind in _FIXED
+        if path == place or place in path.parents or path in place.parents
+    }
 
 
 def _check_places(places: Iterable[tuple[Path, str]]) -> None:
@@ -99,16 +163,17 @@ def _check_places(places: Iterable[tuple[Path, str]]) -> None:
             raise _refusal(str(error)) from None
 
 
-def _name(stage: Any) -> str | None:
-    """The name of the remint stage that a stage of dvc.yaml runs."""
-    _, found, rest = str(stage.cmd or "").partition("python -m remint ")
-    return rest.split()[0] if found and rest.split() else None
-
-
 def _run(*arguments: str, cwd: str) -> None:
     """Run Python on the code of the working tree. Raises DVC's exception with the last lines of stderr if it fails."""
     environment = {**os.environ, "PYTHONPATH": str(Path(cwd, "src"))}
-    done = subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        preexec_fn=end_with_parent,
+    )
     if done.returncode:
         raise _refusal(done.stderr.strip().removeprefix("error: ")[-2000:])
 

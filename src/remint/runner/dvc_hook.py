@@ -10,7 +10,9 @@ import sys
 _GUARDS = {
     "dvc.stage": "guard_stage",
     "dvc.stage.cache": "guard_push",
+    "dvc.repo.experiments.apply": "guard_apply",
     "dvc_data.index.checkout": "guard_checkout",
+    "dvc_data.hashfile.state": "guard_links",
 }
 
 

@@ -24,8 +24,17 @@ def check(stage: str) -> None:
     Raises ArtefactError that lists what differs. An absent artefact is no fault.
     """
     place: Path = getattr(Paths(), MADE_BY[stage])
-    if faults := [] if (made := _made_with(stage)) is None else [*_from_present(stage, made)]:
+    made = _made_with(stage)
+    if faults := [*_from_present(stage, made)] if made else []:
         raise ArtefactError(*(f"{place}: {fault}; `make repro` makes it again, or undo the change" for fault in faults))
+
+
+def verify(stage: str) -> None:
+    """Check that a stage wrote all that is in its place. Raises ArtefactError. An absent artefact is no fault."""
+    place: Path = getattr(Paths(), MADE_BY[stage])
+    manifest.check_place(place, MADE_BY[stage])
+    if (place / manifest.NAME).exists():
+        manifest.verify(place, MADE_BY[stage])
 
 
 def check_lock(stage: str) -> None:
@@ -57,16 +66,17 @@ def locked_settings(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _made_with(stage: str) -> dict[str, Any] | None:
-    """Settings and dependencies in the manifest of a stage's artefact; None if there is no artefact."""
+    """Settings, dependencies and source files in the manifest of a stage's artefact; None if there is no artefact."""
     kind = MADE_BY[stage]
     place: Path = getattr(Paths(), kind)
     if not (place / manifest.NAME).exists():
         return None
-    found = manifest.read(place, kind).get("made_by")
+    facts = manifest.read(place, kind)
+    found = facts.get("made_by")
     made = found.get(stage) if isinstance(found, dict) else None
     if not isinstance(made, dict) or not isinstance(made.get("settings"), dict):
         raise ArtefactError(f"{place}: does not record what it was made with; make it again with `dvc repro`")
-    return made
+    return {**made, "sources": facts.get("sources")}
 
 
 def _from_present(stage: str, made: Mapping[str, Any]) -> Iterator[str]:
@@ -76,11 +86,12 @@ def _from_present(stage: str, made: Mapping[str, Any]) -> Iterator[str]:
         if not _equal(flat.get(name), present.get(name)):
             where = place_of(name).removeprefix("in ")
             yield f"was made with {name} {flat.get(name)!r}, {where} has {present.get(name)!r}"
-    files = made.get("dependencies") or {}
-    if not files:  # of a data set or base, whose bytes do not depend on how the code is written
-        return
-    now = pipeline.checksums(stage)
-    changed = [name for name in sorted({*files, *now}) if files.get(name) != now.get(name)]
+    if "dependencies" in made:
+        files, there = made["dependencies"], pipeline.checksums(stage)
+    else:  # of a data set or base, whose bytes do not depend on how the code is written
+        files = made.get("sources") or {}
+        there = {name: manifest.file_digest(Path(name)) for name in files if Path(name).is_file()}
+    changed = [name for name in sorted({*files, *there}) if files.get(name) != there.get(name)]
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         yield f"was made with another {', '.join(changed[:3])}{more}"
@@ -118,6 +129,7 @@ def _is_free(lock: Path) -> bool:
 
 if __name__ == "__main__":  # started by the guard in DVC's process, before DVC records the stage
     try:
+        verify(sys.argv[1])
         check(sys.argv[1])
         tidy(sys.argv[1])
     except RemintError as error:

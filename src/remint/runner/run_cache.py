@@ -3,10 +3,10 @@
 DVC takes a stage's result from the run cache instead of running the stage, also for others after `make share`.
 """
 
+import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from remint.core.paths import MADE_BY, Paths
 from remint.runner.config import load_yaml
 from remint.runner.recorded import differing, locked_settings
 
-_STAGE = re.compile(r"python -m remint (\w+)")
+_COMMAND = re.compile(r"\bremint\s+(\w+)")
+# md5 and sha256 (hex) of a cached object.
+_Digests = tuple[str, str]
 
 
 def verify(cache: Path) -> int:
@@ -28,45 +30,55 @@ def verify(cache: Path) -> int:
     """
     faults: list[str] = []
     entries = sorted(path for path in cache.glob("runs/*/*/*") if path.is_file())
-    known: dict[str, bool] = {}
+    known: dict[str, _Digests] = {}
     for path in entries:
         try:
-            faults += [f"{path}: {fault}; remove that file" for fault in _faults(load_yaml(path), cache, known)]
+            faults += [f"{file}: {fault}; remove that file" for file, fault in _faults(path, cache, known)]
         except RemintError as error:
-            faults += [f"{path}: {error.faults[0].partition(';')[0]}; remove that file"]
+            faults.append(f"{path}: {error.faults[0].partition(';')[0]}; remove that file")
+        except (AttributeError, KeyError, TypeError, ValueError):
+            faults.append(f"{path}: is not an entry of DVC's run cache; remove that file")
     if faults:
-        raise ArtefactError(*listed(faults))
+        raise ArtefactError(*listed(dict.fromkeys(faults)))
     return len(entries)
 
 
-def _faults(entry: Mapping[str, Any], cache: Path, known: dict[str, bool]) -> Iterator[str]:
-    """What is wrong with an entry. `known` remembers for each cached object whether its content is right."""
-    stage = _STAGE.search(str(entry.get("cmd", "")))
-    if stage is None or stage[1] not in MADE_BY:
+def _faults(path: Path, cache: Path, known: dict[str, _Digests]) -> Iterator[tuple[Path, str]]:
+    """Each file that is wrong, and why: the entry itself or a cached object. `known` remembers the objects read."""
+    entry = load_yaml(path)
+    stage = next((name for name in _COMMAND.findall(str(entry["cmd"])) if name in MADE_BY), None)
+    if stage is None:
         return
-    kind = MADE_BY[stage[1]]
+    kind = MADE_BY[stage]
+    place = getattr(Paths(), kind).as_posix()
     files: dict[str, str] = {}
-    for out in entry.get("outs") or []:
+    for out in entry["outs"]:
         files |= _listing(out, cache)
-    if damaged := _damaged(files, cache, known):
-        yield f"names {damaged[0]}, whose cached content is damaged"
+    _read(files.values(), cache, known)
+    damaged = [md5 for md5 in files.values() if md5 in known and known[md5][0] != md5]
+    if damaged:
+        yield from ((_object(md5, cache), f"is damaged; it is a file of the {kind}") for md5 in damaged)
         return
-    text = _cached(files.get((getattr(Paths(), kind) / manifest.NAME).as_posix()), cache)
+    text = _cached(files.get(f"{place}/{manifest.NAME}"), cache)
     if text is None:
         return
-    facts = parse_json(text, "its manifest", "").get("facts")
-    made = (facts or {}).get("made_by", {}).get(stage[1])
+    content = parse_json(text, f"the manifest of its {kind}", "")
+    found = {name.removeprefix(f"{place}/"): known[md5][1] for name, md5 in files.items() if md5 in known}
+    found.pop(manifest.NAME, None)
+    if len(found) == len(files) - 1 and found != {name: row["sha256"] for name, row in content["files"].items()}:
+        yield path, f"the {kind} that it names has other files than its manifest"
+    made = content["facts"].get("made_by", {}).get(stage)
     if not isinstance(made, dict):
-        yield f"the {kind} that it names does not record what it was made with"
+        yield path, f"the {kind} that it names does not record what it was made with"
         return
     for fault in differing(made["settings"], locked_settings(entry.get("params") or {}), "it"):
-        yield f"the {kind} that it names {fault}"
-    for dep in entry.get("deps") or []:
+        yield path, f"the {kind} that it names {fault}"
+    for dep in entry["deps"]:
         name = f"{dep['path']}/{manifest.NAME}"
         recorded = (made.get("dependencies") or {}).get(name)
-        content = _cached(_listing(dep, cache).get(name), cache)
-        if recorded and content is not None and manifest.digest(content.encode()) != recorded:
-            yield f"the {kind} that it names was made from another {dep['path']}"
+        given = _cached(_listing(dep, cache).get(name), cache)
+        if recorded and given is not None and manifest.digest(given.encode()) != recorded:
+            yield path, f"the {kind} that it names was made from another {dep['path']}"
 
 
 def _listing(item: Mapping[str, Any], cache: Path) -> dict[str, str]:
@@ -78,17 +90,20 @@ def _listing(item: Mapping[str, Any], cache: Path) -> dict[str, str]:
     return {} if text is None else {f"{name}/{row['relpath']}": row["md5"] for row in parse_json(text, md5, "")}
 
 
-def _damaged(files: Mapping[str, str], cache: Path, known: dict[str, bool]) -> list[str]:
-    """The names of the files that are in the cache with other content than their md5 says."""
-    fresh = [md5 for md5 in dict.fromkeys(files.values()) if md5 not in known and _object(md5, cache).is_file()]
+def _read(objects: Iterable[str], cache: Path, known: dict[str, _Digests]) -> None:
+    """Add md5 and sha256 of the cached objects that are not known yet."""
+    fresh = [md5 for md5 in dict.fromkeys(objects) if md5 not in known and _object(md5, cache).is_file()]
     with ThreadPoolExecutor() as pool:
-        known |= zip(fresh, pool.map(lambda md5: _md5(_object(md5, cache)) == md5, fresh), strict=True)
-    return [name for name, md5 in files.items() if not known.get(md5, True)]
+        known |= zip(fresh, pool.map(lambda md5: _digests(_object(md5, cache)), fresh), strict=True)
 
 
-def _md5(path: Path) -> str:
+def _digests(path: Path) -> _Digests:
+    md5, sha256 = hashlib.md5(usedforsecurity=False), hashlib.sha256()
     with path.open("rb") as file:
-        return file_digest(file, "md5").hexdigest()
+        while block := file.read(2**20):
+            md5.update(block)
+            sha256.update(block)
+    return md5.hexdigest(), sha256.hexdigest()
 
 
 def _cached(md5: str | None, cache: Path) -> str | None:
