@@ -66,13 +66,13 @@ def told(count, found):
 def plain(tmp_path_factory):
     """The files that the commands without torch read, as in a new clone."""
     place = tmp_path_factory.mktemp("plain") / "template"
-    (place / ".git").mkdir(parents=True)
     shutil.copytree(ROOT / "conf", place / "conf")
     shutil.copytree(ROOT / "data/source", place / "data/source")
     for name in ("params.yaml", "dvc.yaml"):
         shutil.copy(ROOT / name, place / name)
     for name in ("src", "docker"):
         (place / name).symlink_to(ROOT / name)
+    (place / ".git").mkdir()  # without it, `remint check` looks at nothing else
     return place
 
 

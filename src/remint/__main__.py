@@ -174,12 +174,19 @@ def _machine_fault(error: Exception, command: str) -> str | None:
     """One line for a full disk or another limit of the machine, which our code cannot lift; None for a bug."""
     if isinstance(error, FileNotFoundError) and "No usable temporary directory" in str(error):
         return f"{command}: no temporary folder can be written ({one_line(error)}); free space, or name one in TMPDIR"
+    if isinstance(error, PermissionError) and error.filename and _is_unreadable(error.filename):
+        return f"{os.fsdecode(error.filename)}: cannot be read ({error.strerror}); make it readable"
     if (explained := machine.explain(error)) is None:
         if out_of_memory(error):
             return f"{command}: memory ran out ({one_line(error)}); end other programs and run again"
         return None
     what, cure = explained
     return f"{command}: {what}; {cure}"
+
+
+def _is_unreadable(name: str | bytes) -> bool:
+    """Whether there is a file or folder of this name that this process may not read."""
+    return os.path.lexists(name) and not os.access(name, os.R_OK, effective_ids=os.access in os.supports_effective_ids)
 
 
 if __name__ == "__main__":

@@ -72,6 +72,8 @@ def _where_faults(place: Path) -> Iterator[str]:
         yield "must not hold files that git tracks"
     elif inside == Path(_WRITABLE):
         yield "must not be the folder of all data"
+    elif other := [fixed for fixed in vars(Paths()).values() if fixed in inside.parents]:
+        yield f"must not be inside {other[0]}, another place of the pipeline"
 
 
 def _tracked() -> list[Path]:
