@@ -42,7 +42,6 @@ def repository(tmp_path, monkeypatch):
         (".scratch", "must not be a hidden folder"),
         ("data/kept", "must not hold files that git tracks"),
         ("data/model/sub", "must not be inside data/model"),
-        ("data/base/sub", "must not be inside data/base"),
     ],
 )
 def test_a_place_that_is_not_for_artefacts_is_refused(repository, place, said):

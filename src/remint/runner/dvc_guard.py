@@ -5,6 +5,7 @@ has ended. No check inside a stage can see either. So these functions wrap some 
 them (dvc_hook.py). Stages of dvc.yaml that do not write to the folders of remint's artefacts are left alone.
 """
 
+import contextlib
 import os
 import re
 import subprocess
@@ -13,6 +14,8 @@ from collections.abc import Iterable
 from functools import wraps
 from pathlib import Path
 from typing import Any
+
+import yaml  # type: ignore[import-untyped]
 
 from remint.core.errors import RemintError
 from remint.core.manifest import check_place
@@ -57,7 +60,11 @@ def guard_checkout(module: Any) -> None:
     @wraps(apply)
     def judged(diff: Any, path: str, *arguments: Any, **options: Any) -> None:
         changing = [Path(*key) for key in (*diff.changes, *(entry.key for entry in diff.dirs_failed))]
-        _check_places({found for key in changing for found in _places_at(key, Path(path))})
+        places = {found for key in changing for found in _places_at(key, Path(path))}
+        outs = _declared_outs(Path(path))
+        _check_places(
+            places | {(out, kind) for key in changing for out, kind in outs if Path(path, key).is_relative_to(out)}
+        )
         apply(diff, path, *arguments, **options)
 
     module.apply = judged
@@ -125,7 +132,7 @@ def _places_of(stage: Any) -> set[tuple[Path, str]]:
     An output of a remint stage in another place is judged as if it were the artefact's place.
     """
     root = Path(stage.repo.root_dir)
-    own = _kind_by_command(stage)
+    own = _kind_of_command(stage.cmd)
     found: set[tuple[Path, str]] = set()
     for out in stage.outs:
         path = Path(out.fs_path)
@@ -136,12 +143,12 @@ def _places_of(stage: Any) -> set[tuple[Path, str]]:
 
 def _kinds_of(stage: Any) -> set[str]:
     """The kinds of artefacts that a stage writes; none for a stage of the user that has nothing to do with remint."""
-    own = _kind_by_command(stage)
+    own = _kind_of_command(stage.cmd)
     return {kind for _, kind in _places_of(stage)} | ({own} if own else set())
 
 
-def _kind_by_command(stage: Any) -> str | None:
-    command = " ".join(stage.cmd) if isinstance(stage.cmd, list) else str(stage.cmd or "")
+def _kind_of_command(cmd: Any) -> str | None:
+    command = " ".join(cmd) if isinstance(cmd, list) else str(cmd or "")
     return next((MADE_BY[name] for name in _COMMAND.findall(command) if name in MADE_BY), None)
 
 
@@ -152,6 +159,20 @@ def _places_at(path: Path, root: Path) -> set[tuple[Path, str]]:
         for place, kind in _FIXED
         if path == place or place in path.parents or path in place.parents
     }
+
+
+def _declared_outs(root: Path) -> list[tuple[Path, str]]:
+    """The outputs of remint's stages in dvc.yaml, wherever they are, each with its kind of artefact."""
+    with contextlib.suppress(OSError, yaml.YAMLError, AttributeError, TypeError):
+        stages = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+        return [
+            (root / (out if isinstance(out, str) else next(iter(out))), kind)
+            for stage in stages.values()
+            if (kind := _kind_of_command(stage.get("cmd")))
+            for out in stage.get("outs") or ()
+            if kind != "report"  # its outputs are single files of the fixed place
+        ]
+    return []
 
 
 def _check_places(places: Iterable[tuple[Path, str]]) -> None:
