@@ -76,6 +76,8 @@ def built(root: Path) -> Workplace:
     made.run("dvc", "remote", "add", "-q", "-d", "team", str(root.parent / "remote"))
     made.run("dvc", "push", "-q", "--run-cache")
     made.run("git", "commit", "-q", "-a", "-m", "remote")
+    for kind in MADE_BY.values():
+        shutil.copytree(made.root / "data" / kind, _kept(made) / kind)
     return made
 
 
@@ -91,5 +93,10 @@ def restore(made: Workplace) -> None:
     made.run("git", "clean", "-q", "-d", "--force", "src", "conf", "data")
     for path in (made.root / "docker").iterdir():
         os.utime(path, (0, 0))  # make would set up the environment again for a newer one
-    made.run("dvc", "checkout", "-q")
-    assert made.run("dvc", "status").strip() == "Data and pipelines are up to date."
+    for kind in MADE_BY.values():  # DVC would need seconds for it
+        shutil.copytree(_kept(made) / kind, made.root / "data" / kind)
+
+
+def _kept(made: Workplace) -> Path:
+    """A copy of the artefacts outside of the project."""
+    return made.root.parent / "kept"

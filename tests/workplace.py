@@ -5,6 +5,7 @@ import functools
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from typing import get_type_hints
 import psutil
 import yaml
 
-from remint.core import launch
+from remint.core import launch, signals
 from remint.runner import config, recipes
 from tests.conftest import ROOT, THREADING, write_tiny_model
 
@@ -85,7 +86,13 @@ class Workplace:
         return {**kept, **author, **own, **self.variables}
 
     def start(self, *command, **options):
-        return subprocess.Popen(command, cwd=self.root, env=self.environment(), text=True, **options)
+        """Start a command that does not ignore the signals which end it, as it would under nohup."""
+
+        def listen():
+            for number in signals.STOPPING:
+                signal.signal(number, signal.SIG_DFL)
+
+        return subprocess.Popen(command, cwd=self.root, env=self.environment(), text=True, preexec_fn=listen, **options)
 
     def run(self, *command, status=0):
         """Run a command that must end with exit status `status`. Returns its stdout and stderr together."""
