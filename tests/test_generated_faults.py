@@ -116,7 +116,7 @@ def built(light, plain, tmp_path_factory):
 
 
 # Which part of the faults the slow tests run. `make fuzz` runs them all.
-PART = 1 if os.environ.get("FUZZ_EXAMPLES") else 3
+PART = 1 if os.environ.get("FUZZ_EXAMPLES") else 6
 
 
 def names_of(kind):
@@ -127,7 +127,7 @@ def names_of(kind):
 def test_there_are_enough():
     kinds = [*cases.LIGHT, *cases.HEAVY, "commands"]
     assert sum(len(cases.every(kind)) for kind in kinds) >= 1000
-    assert sum(len(names_of(kind)) for kind in kinds) >= 300
+    assert sum(len(names_of(kind)) for kind in kinds) >= 150
 
 
 @pytest.mark.parametrize("kind", cases.LIGHT)

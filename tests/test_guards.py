@@ -338,6 +338,8 @@ def test_a_place_is_guarded_however_the_stage_is_called(toy, cmd):
 
 
 def test_an_output_that_was_taken_out_of_the_pipeline_keeps_files_of_the_user(toy):
+    shutil.rmtree(toy.root / "data/model")
+    toy.run("dvc", "checkout", "-q")  # DVC removes only what it has put in place itself
     (toy.root / "data/model/mlruns").mkdir()  # .dvcignore names it, so DVC does not see it
     (toy.root / "data/model/mlruns/thesis.txt").write_text("mine")
     file = toy.root / "dvc.yaml"

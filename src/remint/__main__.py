@@ -36,6 +36,7 @@ _KEEP_ENVIRONMENT = ("recipes", "recipe", "reproduce")
 def main() -> int:
     """Run one command. Returns the exit status. A user's mistake is one line on stderr, without a traceback."""
     arguments = sys.argv[1:]
+    listening = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
     signals.raise_on_termination()
     try:
         status = _dispatch(arguments)
@@ -45,6 +46,10 @@ def main() -> int:
         print(error, file=sys.stderr)
         return error.status
     except RemintError as error:
+        # The handler is gone after the first signal. A library may have turned its exception into another one.
+        ended = [number for number in listening if signal.getsignal(number) is signal.SIG_DFL]
+        if ended and "LOCAL_RANK" not in os.environ:  # one of several processes never has a handler
+            return 128 + ended[0]
         print(f"error: {error}", file=sys.stderr)
         return 1
     except Exception as error:

@@ -39,6 +39,8 @@ def main(
 
 
 def _faults(stage: str, kind: str, place: Path) -> list[str]:
+    if (place / manifest.NAME).is_symlink():
+        return [f"{place / manifest.NAME}: is a symbolic link; set DVC's cache.type to reflink,copy"]
     checks: list[Callable[[], object]] = [
         partial(manifest.verify, place, kind),
         partial(recorded.check, stage),

@@ -98,7 +98,7 @@ def compose_raw(sections: Mapping[str, Any], overrides: Sequence[str] = ()) -> D
         raise SettingsError(*faults)
     try:
         config = _compose(node, sections, overrides)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: a number for the name of a file
         raise SettingsError(_explain(error, sections)) from None
     if faults := [*_text_faults(OmegaConf.to_container(config), "")]:
         raise SettingsError(*faults)
@@ -180,6 +180,9 @@ def _override_faults(entry: str, sections: Mapping[str, Any]) -> Iterator[str]:
         return
     if override.is_sweep_override():
         yield f"command line: has several values, {got(entry)}; give one, or try each with `dvc exp run --queue -S …`"
+        return
+    if override.key_or_group.partition(".")[0] == "hydra":
+        yield f"command line: sets nothing in this project, {got(entry)}; remove it"
         return
     kind = _kind(override.key_or_group, sections)
     if kind is None:
@@ -302,7 +305,7 @@ def _explain(error: Exception, sections: Mapping[str, Any]) -> str:
     if where:
         problem = text.split(" full_key:")[0]
         return f"params: {where}: {problem}; change it in params.yaml or on the command line"
-    return f"settings: {text}"
+    return f"settings: {text}; write name=value, like train.lr=1e-3"
 
 
 def _nearest(name: str, sections: Mapping[str, Any]) -> str:
