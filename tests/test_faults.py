@@ -22,7 +22,7 @@ from remint.compute.generation import Sampling, generate
 from remint.core import manifest
 from remint.core.errors import ArtefactError, DataError, RemintError
 from remint.core.log import silent
-from remint.core.paths import Paths
+from remint.core.paths import MADE_BY, Paths
 from remint.core.settings import Runtime
 from remint.identity import Identity
 from remint.model import loading
@@ -46,14 +46,6 @@ from tests.stages.test_train import settings as train_settings
 
 NAMES = ("source", "dataset", "base", "checkpoint", "adapter", "model", "report")
 PATHS = Paths(**{name: Path(name) for name in NAMES})
-MADE = {
-    "replicate_data": "dataset",
-    "stage_base": "base",
-    "train": "checkpoint",
-    "convert": "adapter",
-    "merge": "model",
-    "eval_chat": "report",
-}
 
 
 def run(stage):
@@ -88,7 +80,7 @@ def built(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REMINT_DEVICE", "cpu")
         patch.setattr(train, "SCRATCH", Path(".scratch"))
-        for stage in MADE:
+        for stage in MADE_BY:
             run(stage)
     os.chdir(before)
     return root
@@ -144,7 +136,7 @@ def content(folder):
     ],
 )
 def test_a_full_disk_costs_no_stage_what_was_there(stage, sizes, place, outcome):
-    target = Path(MADE[stage])
+    target = Path(MADE_BY[stage])
     before, others = content(target), sorted(place.iterdir())
     for size in sizes:
         with room_for(size):
@@ -293,14 +285,14 @@ def change_base():
 
 @pytest.mark.parametrize(("stage", "said"), [("convert", "was trained on another base"), ("merge", "for another base")])
 def test_a_base_that_changed_is_refused(stage, said, place):
-    before, made = (PATHS.base / manifest.NAME).read_bytes(), content(Path(MADE[stage]))
+    before, made = (PATHS.base / manifest.NAME).read_bytes(), content(Path(MADE_BY[stage]))
     change_base()
     try:
         with pytest.raises(ArtefactError, match=said):
             run(stage)
     finally:
         (PATHS.base / manifest.NAME).write_bytes(before)
-    assert content(Path(MADE[stage])) == made
+    assert content(Path(MADE_BY[stage])) == made
 
 
 def test_a_merged_model_that_says_something_else_is_not_kept(place, monkeypatch):

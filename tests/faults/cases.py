@@ -350,7 +350,6 @@ def commands():
     return [Fault(**{**vars(fault), "real": True}) for fault in made]
 
 
-# Faults that the code does not report well yet, by the start of their names, and the place to mend.
 LIGHT = {f.__name__: f for f in (settings, overrides, arguments, yaml_files, data, environment, limits)}
 HEAVY = {f.__name__: f for f in (arguments_of_models, artefacts, models, bases, stores, machine, signals)}
 

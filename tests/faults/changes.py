@@ -140,7 +140,7 @@ def resealed(kind, change=unchanged, edit_facts=lambda facts: facts):
 
 
 def positions(kind, number):
-    """An artefact whose model was made for so many positions."""
+    """An artefact whose model has the given number of positions."""
     edit = of_json(lambda content: {**content, "max_position_embeddings": number})
     return resealed(kind, edited(f"data/{kind}/config.json", edit))
 
@@ -488,7 +488,7 @@ def no_wheel(place, template):
 
 
 def rows_of(number):
-    """The training set has so many rows."""
+    """The training set has the given number of rows."""
 
     def check(place, _):
         found = len((place / "data/dataset/train.jsonl").read_bytes().splitlines())

@@ -132,7 +132,7 @@ def _places_of(stage: Any) -> set[tuple[Path, str]]:
     An output of a remint stage in another place is judged as if it were the artefact's place.
     """
     root = Path(stage.repo.root_dir)
-    own = _kind_of_command(stage.cmd)
+    own = MADE_BY.get(stage_of(stage.cmd) or "")
     found: set[tuple[Path, str]] = set()
     for out in stage.outs:
         path = Path(out.fs_path)
@@ -143,13 +143,14 @@ def _places_of(stage: Any) -> set[tuple[Path, str]]:
 
 def _kinds_of(stage: Any) -> set[str]:
     """The kinds of artefacts that a stage writes; none for a stage of the user that has nothing to do with remint."""
-    own = _kind_of_command(stage.cmd)
+    own = MADE_BY.get(stage_of(stage.cmd) or "")
     return {kind for _, kind in _places_of(stage)} | ({own} if own else set())
 
 
-def _kind_of_command(cmd: Any) -> str | None:
-    command = " ".join(cmd) if isinstance(cmd, list) else str(cmd or "")
-    return next((MADE_BY[name] for name in _COMMAND.findall(command) if name in MADE_BY), None)
+def stage_of(cmd: object) -> str | None:
+    """The name of the remint stage that the `cmd` of a stage of dvc.yaml runs; None if it runs none."""
+    command = " ".join(map(str, cmd)) if isinstance(cmd, list) else str(cmd or "")
+    return next((name for name in _COMMAND.findall(command) if name in MADE_BY), None)
 
 
 def _places_at(path: Path, root: Path) -> set[tuple[Path, str]]:
@@ -168,7 +169,7 @@ def _declared_outs(root: Path) -> list[tuple[Path, str]]:
         return [
             (root / (out if isinstance(out, str) else next(iter(out))), kind)
             for stage in stages.values()
-            if (kind := _kind_of_command(stage.get("cmd")))
+            if (kind := MADE_BY.get(stage_of(stage.get("cmd")) or ""))
             for out in stage.get("outs") or ()
             if kind != "report"  # its outputs are single files of the fixed place
         ]

@@ -64,7 +64,7 @@ def main() -> None:
             _record(task, _Inbox(), report)
         else:
             _sync(report)
-    except BrokenPipeError:  # nobody listens any more
+    except BrokenPipeError:  # the stage has ended
         os._exit(1)
     os._exit(0)
 

@@ -4,7 +4,6 @@ DVC takes a stage's result from the run cache instead of running the stage, also
 """
 
 import hashlib
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,9 +14,9 @@ from remint.core.errors import ArtefactError, RemintError, listed
 from remint.core.files import parse_json, read_text
 from remint.core.paths import MADE_BY, Paths
 from remint.runner.config import load_yaml
+from remint.runner.dvc_guard import stage_of
 from remint.runner.recorded import differing, locked_settings
 
-_COMMAND = re.compile(r"\bremint\s+(\w+)")
 # md5 and sha256 (hex) of a cached object.
 _Digests = tuple[str, str]
 
@@ -46,7 +45,7 @@ def verify(cache: Path) -> int:
 def _faults(path: Path, cache: Path, known: dict[str, _Digests]) -> Iterator[tuple[Path, str]]:
     """Each file that is wrong, and why: the entry itself or a cached object. `known` remembers the objects read."""
     entry = load_yaml(path)
-    stage = next((name for name in _COMMAND.findall(str(entry["cmd"])) if name in MADE_BY), None)
+    stage = stage_of(entry["cmd"])
     if stage is None:
         return
     kind = MADE_BY[stage]
