@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from remint.core import manifest
+from remint.core.draft import artefact
 from remint.stages.train import checkpoint
 from remint.stages.train.checkpoint import Draft
 from tests.crash import crashing
@@ -15,7 +16,7 @@ CONDITIONS = {"fingerprint": "f"}
 
 
 def make(target, text):
-    with manifest.artefact(target, "thing") as (draft, facts):
+    with artefact(target, "thing") as (draft, facts):
         (draft / "a.txt").write_text(text)
         (draft / "sub").mkdir()
         (draft / "sub/b.txt").write_text(text * 2)

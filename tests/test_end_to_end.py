@@ -128,7 +128,7 @@ def test_a_signature_leaves_the_model_as_it_is_and_counts_from_a_trusted_key_alo
     whole = built.bytes("model")
     built.run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", ".scratch/key")
     built.run("docker/run", "python", "-m", "remint", "sign", ".scratch/key")
-    assert "conf/allowed_signers: missing" in built.run("docker/run", "python", "-m", "remint", "verify", status=1)
+    assert "conf/allowed_signers: not found" in built.run("docker/run", "python", "-m", "remint", "verify", status=1)
     signers = built.root / "conf/allowed_signers"
     signers.write_text(f"ada {(built.root / '.scratch/key.pub').read_text(encoding='utf-8')}", encoding="utf-8")
     said = built.run("docker/run", "python", "-m", "remint", "verify")
@@ -436,7 +436,7 @@ def test_the_tutorials_recipe_runs_on_a_checkpoint_of_that_shape(tmp_path):
     base = write_tiny_model(place.root / "internlm2-chat-1_8b", ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"])
     to_internlm2(base)
     (base / "tokenizer.json").unlink()
-    write_sentencepiece(base, [], ["<|im_start|>", "<|im_end|>"])
+    write_sentencepiece(base, ["▁"], ["<|im_start|>", "<|im_end|>"])
     place.run("git", "init", "-q", "-b", "main")
     place.record_checksums("internlm2-chat-1.8b")
     assert place.repro() == STAGES

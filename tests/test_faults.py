@@ -20,6 +20,7 @@ import torch
 from remint import __main__
 from remint.compute.generation import Sampling, generate
 from remint.core import manifest
+from remint.core.draft import artefact
 from remint.core.errors import ArtefactError, DataError, RemintError
 from remint.core.log import silent
 from remint.core.paths import MADE_BY, Paths
@@ -195,7 +196,7 @@ def read_only(folder):
 
 def test_a_read_only_folder_is_reported(tmp_path, outcome):
     def make():
-        with manifest.artefact(tmp_path / "x", "thing") as (draft, _):
+        with artefact(tmp_path / "x", "thing") as (draft, _):
             (draft / "a").write_text("one")
 
     def save():
@@ -328,7 +329,7 @@ def test_a_damaged_cache_of_dvc_is_found(tmp_path, monkeypatch):
     def dvc(*arguments):
         subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=tmp_path, check=True, capture_output=True)
 
-    with manifest.artefact(tmp_path / "x", "thing") as (draft, _):
+    with artefact(tmp_path / "x", "thing") as (draft, _):
         (draft / "weights").write_bytes(bytes(1000))
     dvc("init", "--no-scm")
     dvc("add", "x")

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from remint.commands import summary
 from remint.core import manifest
+from remint.core.draft import artefact
 from remint.core.errors import RemintError
 from remint.identity import Identity
 from remint.model import template
@@ -216,14 +217,14 @@ def write_artefacts():
     Path("data/source/a.json").write_text(f"[{record}]")
     Path("data/source/a.jsonl").write_text(f"{record}\n")
     row = json.dumps({"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]})
-    with manifest.artefact(DATASET, "dataset") as (draft, _):
+    with artefact(DATASET, "dataset") as (draft, _):
         (draft / "train.jsonl").write_text(f"{row}\n")
-    with manifest.artefact(BASE, "base") as (draft, _):
+    with artefact(BASE, "base") as (draft, _):
         template.Conversation(CHATML, "").save(draft)
     checkpoint.Draft(STEP.parent, 2, {"adapter.x": torch.ones(2)}).finish({"history": []}, {})
     source = {"kind": "local_folder", "location": "base", "revision": None}
     identity = asdict(Identity("A", "B"))
-    with manifest.artefact(MODEL, "model") as (draft, facts):
+    with artefact(MODEL, "model") as (draft, facts):
         provenance.write(draft, {"source": source, "source_files": {}}, {"identity": identity, "sources": {}}, {})
         facts["origin"] = {"identity": identity, "base_name": "tiny"}
     Path("data/report").mkdir()
@@ -233,7 +234,7 @@ def write_artefacts():
 def write_adapters():
     lora = Lora(2, 4, 0.0, ["q_proj"])
     names = {f"base_model.model.model.layers.0.attention.wo.lora_{part}.weight": torch.ones(2, 2) for part in "AB"}
-    with manifest.artefact(ADAPTER, "adapter") as (draft, _):
+    with artefact(ADAPTER, "adapter") as (draft, _):
         adapter.write(names, lora, "tiny", draft)
     shutil.copytree(ADAPTER, "imported")
     torch.save({"state_dict": names, "meta": {}}, "adapter.pth")

@@ -11,7 +11,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from remint.commands import verify
-from remint.core import manifest
+from remint.core.draft import artefact
 from remint.core.errors import ArtefactError, RemintError
 from remint.core.log import silent
 from remint.core.paths import ARTEFACTS, MADE_BY, Paths
@@ -179,7 +179,7 @@ def made_with(stage):
 def artefacts(tmp_path):
     """One artefact of each kind with a single file, and the facts that a stage reads before all are verified."""
     for kind in ARTEFACTS:
-        with manifest.artefact(tmp_path / f"data/{kind}", kind) as (draft, facts):
+        with artefact(tmp_path / f"data/{kind}", kind) as (draft, facts):
             (draft / "file").write_text("whole")
             facts |= {"name": "A", "identity": {"name": "A", "maker": "B", "name_zh": None, "maker_zh": None}}
             facts["made_by"] = {

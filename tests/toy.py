@@ -14,7 +14,7 @@ _RUN = '''
 import time
 from pathlib import Path
 
-from remint.core import manifest
+from remint.core.draft import artefact
 from remint.stages.merge import provenance
 
 HERE = Path({root!r}) / ".scratch"
@@ -27,7 +27,7 @@ def wait(where):
 
 
 def run(*, paths, declared, log, **settings):
-    with manifest.artefact(paths.{kind}, "{kind}", before_publishing=declared.check_unchanged) as (draft, facts):
+    with artefact(paths.{kind}, "{kind}", before_publishing=declared.check_unchanged) as (draft, facts):
         for name in {names!r}:
             (draft / name).write_text(declared.fingerprint)
         facts.update(made_by={{"{stage}": declared.record}}, name="A", identity={{"name": "A", "maker": "B"}})

@@ -20,7 +20,7 @@ import yaml  # type: ignore[import-untyped]
 
 from remint.commands import COMMANDS
 from remint.commands.stage import check_pipeline, command_of, local_rank
-from remint.core import launch, machine, signals
+from remint.core import launch, machine, process, signals
 from remint.core.errors import RemintError, Stopped, one_line, out_of_memory, visible
 from remint.core.files import read_text
 from remint.core.paths import PARAMS, PIPELINE
@@ -36,9 +36,13 @@ _KEEP_ENVIRONMENT = ("recipes", "recipe", "reproduce")
 def main() -> int:
     """Run one command. Returns the exit status. A user's mistake is one line on stderr, without a traceback."""
     arguments = sys.argv[1:]
+    parent = process.known_parent()
     listening = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    one_of_several = "LOCAL_RANK" in os.environ  # asked now, because training removes the variable
     signals.raise_on_termination()
     try:
+        if os.environ.get("DVC_STAGE"):
+            process.end_with_parent(parent)  # now: what follows imports for seconds
         status = _dispatch(arguments)
         sys.stdout.flush()  # inside the try, where a closed pipe is handled
         return status
@@ -48,7 +52,7 @@ def main() -> int:
     except RemintError as error:
         # The handler is gone after the first signal. A library may have turned its exception into another one.
         ended = [number for number in listening if signal.getsignal(number) is signal.SIG_DFL]
-        if ended and "LOCAL_RANK" not in os.environ:  # one of several processes never has a handler
+        if ended and not one_of_several:  # these have no handler of ours to begin with
             return 128 + ended[0]
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -179,19 +183,12 @@ def _machine_fault(error: Exception, command: str) -> str | None:
     """One line for a full disk or another limit of the machine, which our code cannot lift; None for a bug."""
     if isinstance(error, FileNotFoundError) and "No usable temporary directory" in str(error):
         return f"{command}: no temporary folder can be written ({one_line(error)}); free space, or name one in TMPDIR"
-    if isinstance(error, PermissionError) and error.filename and _is_unreadable(error.filename):
-        return f"{os.fsdecode(error.filename)}: cannot be read ({error.strerror}); make it readable"
     if (explained := machine.explain(error)) is None:
         if out_of_memory(error):
             return f"{command}: memory ran out ({one_line(error)}); end other programs and run again"
         return None
     what, cure = explained
     return f"{command}: {what}; {cure}"
-
-
-def _is_unreadable(name: str | bytes) -> bool:
-    """Whether there is a file or folder of this name that this process may not read."""
-    return os.path.lexists(name) and not os.access(name, os.R_OK, effective_ids=os.access in os.supports_effective_ids)
 
 
 if __name__ == "__main__":

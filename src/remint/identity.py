@@ -50,7 +50,10 @@ class Identity:
         values = {key: value for key, value in vars(self).items() if value is not None}
         check_ranges(
             "identity",
-            *((_is_plain(value), key, value, "must be one line of visible text") for key, value in values.items()),
+            *(
+                (_is_plain(value), key, value, "must be one line of visible text of at most 100 characters")
+                for key, value in values.items()
+            ),
         )
 
     def name_in(self, language: str) -> str:

@@ -1,13 +1,16 @@
 """Only one process holds the lock, and a killed process releases it."""
 
+import fcntl
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 
+from remint.core import lock as lock_module
 from remint.core.errors import ArtefactError
-from remint.core.lock import held, in_turn, is_awaited
+from remint.core.lock import held, in_turn, is_awaited, is_free
 from tests.workplace import wait_for
 
 
@@ -76,3 +79,49 @@ def test_the_same_working_tree_does_not_wait(tmp_path):
         pass
     with in_turn(lock, "is at it"):
         pass
+
+
+def test_a_lock_that_vanishes_with_its_folder_is_free_at_once(tmp_path, monkeypatch):
+    lock = tmp_path / "scratch/lock"
+    lock.parent.mkdir()
+    slept = []
+    monkeypatch.setattr(lock_module.time, "sleep", slept.append)
+    real = lock_module.held
+
+    def vanishing(path, doing):
+        monkeypatch.setattr(lock_module, "held", real)
+        shutil.rmtree(path.parent)  # as the holder does when it has ended
+        raise ArtefactError("taken")
+
+    monkeypatch.setattr(lock_module, "held", vanishing)
+    with in_turn(lock, "is at it"):
+        assert lock.exists()
+    assert slept == []
+
+
+def test_a_file_that_somebody_else_locks_is_waited_for_some_seconds_in_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock_module, "_UNNAMED_S", 0.5)
+    lock = tmp_path / "lock"
+    with lock.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ArtefactError, match="another process is at it"), in_turn(lock, "is at it"):
+            pass
+
+
+def test_a_waiter_that_opened_the_removed_file_announces_itself_again(tmp_path):
+    lock = tmp_path / "lock"
+    stale = (tmp_path / "waiting").open("a")
+    assert not is_awaited(lock)  # removes it
+    assert not lock_module._is_at(stale, tmp_path / "waiting")
+    stale.close()
+    with lock_module._announced(tmp_path / "waiting"):
+        assert is_awaited(lock)
+
+
+def test_a_free_lock_is_one_that_nobody_holds(tmp_path):
+    lock = tmp_path / "lock"
+    assert not is_free(lock)
+    with held(lock, "is at it"):
+        assert not is_free(lock)
+    lock.touch()
+    assert is_free(lock)

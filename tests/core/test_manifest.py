@@ -1,18 +1,17 @@
 """An artefact is complete or absent, and every change to it is reported."""
 
-import errno
 import json
 import os
-from pathlib import Path
 
 import pytest
 
 from remint.core import manifest
+from remint.core.draft import artefact
 from remint.core.errors import ArtefactError
 
 
 def make(target, text="one"):
-    with manifest.artefact(target, "thing") as (draft, facts):
+    with artefact(target, "thing") as (draft, facts):
         (draft / "a.txt").write_text(text)
         (draft / "sub").mkdir()
         (draft / "sub/manifest.json").write_text("{}")
@@ -34,7 +33,7 @@ def test_a_file_that_was_checked_where_it_comes_from_is_not_read_again(tmp_path,
     found = manifest.checked(tmp_path / "x", "thing")
     assert [path.name for path in read] == ["a.txt", "manifest.json"]
     read.clear()
-    with manifest.artefact(tmp_path / "y", "thing", known := {}) as (draft, facts):
+    with artefact(tmp_path / "y", "thing", known := {}) as (draft, facts):
         for path, entry in found.items():
             linked = draft / path.relative_to(tmp_path / "x")
             linked.parent.mkdir(exist_ok=True)
@@ -43,20 +42,6 @@ def test_a_file_that_was_checked_where_it_comes_from_is_not_read_again(tmp_path,
         facts["number"] = 1
     assert read == []
     assert (tmp_path / "y/manifest.json").read_bytes() == (tmp_path / "x/manifest.json").read_bytes()
-
-
-def test_a_failure_leaves_the_old_one(tmp_path):
-    make(tmp_path / "x", "old")
-    with pytest.raises(RuntimeError), manifest.artefact(tmp_path / "x", "thing") as (draft, _):
-        (draft / "a.txt").write_text("new")
-        raise RuntimeError
-    assert (tmp_path / "x/a.txt").read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["x"]
-
-
-def test_a_full_disk_is_reported(tmp_path):
-    with pytest.raises(ArtefactError, match="disk is full"), manifest.artefact(tmp_path / "x", "thing"):
-        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def edit(file, old, new):
@@ -111,18 +96,6 @@ def test_the_same_content_gives_the_same_bytes(tmp_path):
     assert (tmp_path / "x/manifest.json").read_bytes() == (tmp_path / "y/manifest.json").read_bytes()
 
 
-@pytest.mark.parametrize("umask", [0o022, 0o077])
-def test_others_may_read_it_whatever_the_umask(tmp_path, umask):
-    before = os.umask(umask)
-    try:
-        make(tmp_path / "x")
-    finally:
-        os.umask(before)
-    modes = {path.relative_to(tmp_path).as_posix(): path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
-    assert modes.pop("x") == modes.pop("x/sub") == 0o755
-    assert set(modes.values()) == {0o644}
-
-
 def rewrite(folder, change):
     """Change a manifest and update its own checksum, as an attacker would."""
     path = folder / "manifest.json"
@@ -165,110 +138,3 @@ def test_a_link_to_elsewhere_is_no_file_of_an_artefact(tmp_path):
     (tmp_path / "x/a.txt").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ArtefactError, match="is a symbolic link"):
         manifest.verify(tmp_path / "x", "thing")
-
-
-def own_folder(x):
-    x.mkdir()
-    (x / "thesis.txt").write_text("mine")
-
-
-def beside_an_artefact(x):
-    make(x)
-    (x / "sub/thesis.txt").write_text("mine")
-
-
-def another_kind(x):
-    with manifest.artefact(x, "else") as (draft, _):
-        (draft / "a.txt").write_text("other")
-
-
-def a_forged_list(x):
-    make(x)
-    (x / "manifest.json").write_text("not JSON")
-
-
-def a_link(x):
-    own_folder(x.with_name("mine"))
-    x.symlink_to("mine")
-
-
-def a_link_to_nothing(x):
-    x.symlink_to("nothing")
-
-
-def a_link_inside(x):
-    make(x)
-    own_folder(x.with_name("mine"))
-    (x / "link").symlink_to("../mine")
-
-
-def own_draft(x):
-    own_folder(x.with_name(".x.draft"))
-
-
-@pytest.mark.parametrize(
-    ("place", "named"),
-    [
-        (own_folder, "x: holds what no stage wrote, and it would be lost: thesis.txt;"),
-        (beside_an_artefact, "lost: sub/thesis.txt;"),
-        (another_kind, "lost: a.txt, manifest.json;"),
-        (a_forged_list, "lost: a.txt, manifest.json, sub/manifest.json;"),
-        (lambda x: x.write_text("mine"), "x: must be a folder or absent, got a file;"),
-        (a_link, "got a symbolic link"),
-        (a_link_to_nothing, "got a symbolic link"),
-        (a_link_inside, "lost: link;"),
-        (own_draft, ".x.draft: must be absent, got what no stage wrote"),
-        (lambda x: x.with_name(".x.draft").write_text("mine"), ".x.draft: must be absent"),
-    ],
-)
-def test_what_no_stage_wrote_is_not_replaced(tmp_path, place, named):
-    place(tmp_path / "x")
-    before = {path: path.lstat().st_ino for path in tmp_path.rglob("*")}
-    with pytest.raises(ArtefactError, match=named):
-        make(tmp_path / "x", "new")
-    assert {path: path.lstat().st_ino for path in tmp_path.rglob("*")} == before
-
-
-def test_what_appears_while_it_is_made_is_not_replaced(tmp_path):
-    with pytest.raises(ArtefactError, match=r"lost: thesis\.txt"), manifest.artefact(tmp_path / "x", "thing"):
-        own_folder(tmp_path / "x")
-    assert [path.name for path in tmp_path.rglob("*")] == ["x", "thesis.txt"]
-
-
-def test_a_damaged_artefact_is_made_again(tmp_path):
-    make(tmp_path / "x")
-    (tmp_path / "x/a.txt").write_text("damaged")
-    make(tmp_path / "x", "new")
-    assert manifest.verify(tmp_path / "x", "thing")
-
-
-def test_two_at_once_do_not_mix(tmp_path):
-    with manifest.artefact(tmp_path / "x", "thing") as (draft, _):
-        (draft / "a.txt").write_text("first")
-        with pytest.raises(ArtefactError, match="another process is making"):
-            make(tmp_path / "x", "second")
-    assert (tmp_path / "x/a.txt").read_text() == "first"
-
-
-def test_what_a_killed_run_left_is_cleared_away(tmp_path):
-    (tmp_path / ".x.draft/new").mkdir(parents=True)
-    (tmp_path / ".x.draft/new/half").write_text("")
-    (tmp_path / ".x.draft/lock").touch()
-    make(tmp_path / "x")
-    assert [path.name for path in tmp_path.iterdir()] == ["x"]
-    manifest.verify(tmp_path / "x", "thing")
-
-
-def test_an_exchange_that_fails_half_way_is_undone(tmp_path, monkeypatch):
-    make(tmp_path / "x", "old")
-    rename = Path.rename
-
-    def failing(self, target):
-        if self.name == "new":
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(ArtefactError, match="disk is full"):
-        make(tmp_path / "x", "new")
-    assert (tmp_path / "x/a.txt").read_text() == "old"

@@ -14,7 +14,7 @@ from importlib import import_module
 from io import BytesIO
 from pathlib import Path
 
-from remint.core import manifest
+from remint.core import draft, manifest
 from tests.faults import bench
 from tests.faults.bench import Fault
 from tests.faults.cases import edited, put, without
@@ -151,7 +151,7 @@ def other_base(place):
 
 
 def of_wheel(data, name="p-1-py3-none-any.whl", fetched=True):
-    """A base from a wheel, which was fetched already or can be found in the folder `index`."""
+    """A base from a wheel, which was fetched already or lies in the folder `index` with another byte."""
 
     def changed(place):
         spec = (place / "conf/model/tiny.yaml").read_text(encoding="utf-8")
@@ -161,9 +161,9 @@ def of_wheel(data, name="p-1-py3-none-any.whl", fetched=True):
         lines = "".join(f"{key}: {json.dumps(value)}\n" for key, value in made.items())
         put("conf/model/tiny.yaml", lines + template)(place)
         scratch = f".scratch/stage_base/{manifest.digest(sorted(made['files'].items()))[:16]}/files"
-        put(f"{scratch}/{name}" if fetched else f"index/{name}", data)(place)
-        if not fetched:  # what an earlier run left; pip keeps it, because it reads only the metadata
-            put(f"{scratch}/{name}", data.replace(b"GGUF", b"GGUX"))(place)
+        put(f"{scratch}/{name}", data)(place) if fetched else put(f"index/{name}", data.replace(b"GGUF", b"GGUX"))(
+            place
+        )
 
     return changed
 
@@ -300,7 +300,7 @@ def no_space():
 def full_disk():
     """Every write by Python fails, and forcing any file to the disk."""
     Path.write_bytes = raising(no_space)
-    manifest.sync = raising(no_space)
+    draft.sync = raising(no_space)
 
 
 def gpu_memory():

@@ -367,7 +367,7 @@ BUILT = {
             "the tokenizer has 259 tokens, the embedding 200 rows",
         )
     ],
-    "the download was interrupted": [
+    "the download is not the recorded file": [
         fault(
             STAGE_BASE,
             "the download is damaged",
@@ -775,7 +775,6 @@ BUILT = {
                     of_tensors(lambda held: with_value(held, "model.norm.weight", math.inf)),
                 ),
             ),
-            form=False,  # the progress bar shares the line
             after=same("data/checkpoint"),
         )
     ],

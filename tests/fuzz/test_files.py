@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import save, save_file
 
 from remint.core import manifest
+from remint.core.draft import artefact
 from remint.core.files import read_rows
 from remint.identity import Identity
 from remint.model import checkpoint_layout, template
@@ -133,15 +134,15 @@ def compose(stage, name, data, overrides):
         survives(whole)
 
 
-def artefact(folder):
-    with manifest.artefact(folder, "thing") as (draft, facts):
+def made(folder):
+    with artefact(folder, "thing") as (draft, facts):
         (draft / "a.txt").write_text("one")
         facts["number"] = 1
     return json.loads((folder / manifest.NAME).read_text())
 
 
 with sandbox() as _folder:
-    MANIFEST = artefact(_folder / "x")
+    MANIFEST = made(_folder / "x")
     wheel(_folder / "w.whl")
     WHEEL = (_folder / "w.whl").read_bytes()
     adapter.write({"base_model.model.l.lora_A.weight": torch.zeros(2, 4)}, Lora(2, 4, 0.1, ["l"]), "tiny", _folder)
@@ -167,7 +168,7 @@ def signed(content):
 @example(json.dumps({**MANIFEST, "facts": {"\ud800": 1}}).encode())
 def test_manifests(data):
     with sandbox() as folder:
-        artefact(folder / "x")
+        made(folder / "x")
         (folder / "x" / manifest.NAME).write_bytes(data)
         for read in (manifest.verify, manifest.read, manifest.artefact_digest):
             survives(lambda read=read: read(folder / "x", "thing"))

@@ -11,6 +11,7 @@ import yaml
 from remint import __main__
 from remint.__main__ import call
 from remint.core import manifest
+from remint.core.draft import artefact
 from remint.core.errors import SettingsError
 from remint.identity import Identity
 from remint.runner import config, preflight, recipes
@@ -145,7 +146,7 @@ def test_a_wrong_setting_is_reported_with_its_place(stage, override, said, workp
 
 
 def test_an_answer_longer_than_the_positions_of_the_base_is_refused_before_anything_runs(workplace):
-    with manifest.artefact(workplace / "data/base", "base") as (draft, facts):
+    with artefact(workplace / "data/base", "base") as (draft, facts):
         (draft / "config.json").write_text('{"max_position_embeddings": 48}')
         facts["name"] = "SmolLM2-135M-Instruct"
     with pytest.raises(SettingsError) as caught:
@@ -201,7 +202,7 @@ def test_a_damaged_params_yaml_is_refused(stage, old, new, said, workplace):
 @pytest.mark.parametrize(
     ("name", "maker", "said"),
     [
-        ("name: ''", "maker: M", "identity.name: must be one line of visible text, got ''; change it in"),
+        ("name: ''", "maker: M", "identity.name: must be one line of visible text of at most 100 characters, got ''; change it in"),
         ("name:", "maker: M", "identity.name: must be text, got None; change it in"),
         ("name: 007", "maker: M", "identity.name: must be text, got 7; put it in quotes in"),
         ("name: N", "maker: yes", "identity.maker: must be text, got True; put it in quotes in"),

@@ -29,7 +29,7 @@ def away(monkeypatch):
             raise ConnectionError("Connection refused")
 
     class Run:
-        def __init__(self, task, progress):
+        def __init__(self):
             attempt("opening")
 
         def log(self, rows):
@@ -41,7 +41,7 @@ def away(monkeypatch):
 
         leave = staticmethod(lambda: None)
 
-    monkeypatch.setattr(runs, "StageRun", Run)
+    monkeypatch.setattr(runs, "stage_run", lambda task, computing, progress: Run())
     monkeypatch.setattr(recorder, "_check_and_import", lambda report: None)
     monkeypatch.setattr(recorder, "_FIRST_PAUSE_S", 0.01)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
@@ -60,7 +60,8 @@ def record(monkeypatch):
         def feed():
             with os.fdopen(writer, "w") as pipe:
                 for step in steps:
-                    print(json.dumps({"metrics": {"loss": 1.0}, "step": step, "time": 0}), file=pipe, flush=True)
+                    row = {"metrics": {"loss": 1.0}, "step": step, "time": 0, "again": False}
+                    print(json.dumps(row), file=pipe, flush=True)
                     time.sleep(pause)
                 print(json.dumps({"status": status}), file=pipe, flush=True)
 
@@ -176,6 +177,13 @@ def test_a_continued_run_has_each_step_once_and_only_a_long_lock_costs_rows(tmp_
         for step in (1, 2, 3, 4, 5):
             log({"loss": 1.0 / step}, step)
     release.join()
+    assert steps_in(path) == ([1, 2, 3, 4, 5], ["FINISHED"])
+    # Another process that waited for this one, or was ended while it waited, computed nothing.
+    with tracking.stage_run("eval_chat", "f" * 64, config) as log:
+        for step in (1, 2, 3, 4, 5):
+            log({"loss": 1.0 / step}, step, again=True)
+    with pytest.raises(Stopped), tracking.stage_run("eval_chat", "f" * 64, config):
+        raise Stopped("stopped", 143)
     assert steps_in(path) == ([1, 2, 3, 4, 5], ["FINISHED"])
     assert capsys.readouterr().out == ""
     holder = sqlite3.connect(path, isolation_level=None)

@@ -6,6 +6,7 @@ import subprocess
 import pytest
 
 from remint.core import manifest
+from remint.core.draft import artefact
 from remint.core.errors import ArtefactError, RemintError
 from remint.core.paths import Paths
 from remint.runner import pipeline, signature
@@ -24,7 +25,7 @@ MADE_BY = {
 
 
 def make(folder, base=BASE):
-    with manifest.artefact(folder, "model") as (draft, _):
+    with artefact(folder, "model") as (draft, _):
         (draft / "model.safetensors").write_bytes(b"weights")
         (draft / "config.json").write_text("{}")
         provenance.write(draft, base, DATASET, MADE_BY)

@@ -16,6 +16,7 @@ import torch
 
 from remint.compute.packing import document
 from remint.core import manifest
+from remint.core.draft import artefact
 from remint.core.errors import ArtefactError, RemintError, SettingsError, Stopped
 from remint.core.log import silent
 from remint.core.paths import Paths
@@ -225,14 +226,14 @@ PATHS = Paths(
 
 def write_inputs(root, tiny):
     """Write a base and a dataset of the tiny model's size."""
-    with manifest.artefact(root / "base", "base") as (draft, facts):
+    with artefact(root / "base", "base") as (draft, facts):
         for file in tiny.folder.iterdir():
             (draft / file.name).write_bytes(file.read_bytes())
         Conversation(CHATML, "").save(draft)
         facts["name"] = "tiny"
     rows = [[{"role": "user", "content": f"Q{n}?"}, {"role": "assistant", "content": f"A{n}."}] for n in range(30)]
     lines = [json.dumps({"messages": row, "kind": "identity", "language": "en", "expects": []}) for row in rows]
-    with manifest.artefact(root / "dataset", "dataset") as (draft, facts):
+    with artefact(root / "dataset", "dataset") as (draft, facts):
         for name, part in (("train", lines[:24]), ("held_out", lines[24:27]), ("control", lines[27:])):
             (draft / f"{name}.jsonl").write_text("\n".join(part) + "\n")
         facts["identity"] = {"name": "A", "maker": "B", "name_zh": None, "maker_zh": None}

@@ -7,6 +7,9 @@ from typing import Any
 from remint.core.errors import ArtefactError, listed
 from remint.core.manifest import digest
 
+# What to do after a change while a stage ran.
+AGAIN = "undo the change and run the same command to finish, or keep the change and run it to start anew"
+
 
 @dataclass(frozen=True)
 class Declared:
@@ -39,8 +42,7 @@ class Declared:
         if changes := self.changes():
             raise ArtefactError(
                 *listed(
-                    f"{self.stage}: {change} since the stage started, so its result is not kept; undo the change and run "
-                    "the same command to finish, or run it as it is to start anew"
+                    f"{self.stage}: {change} since the stage started, so its result is not kept; {AGAIN}"
                     for change in changes
                 )
             )

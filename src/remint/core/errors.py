@@ -52,8 +52,18 @@ class GpuTooSmall(Exception):  # noqa: N818  (a caller that knows the settings t
 
 
 def visible(text: str) -> str:
-    """Text without control characters, because a terminal would act on them. Line breaks and tabs stay."""
-    return "".join(char for char in text if char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cf", "Cs"))
+    """Text without control characters, because a terminal would act on them. Line breaks and tabs stay.
+
+    A byte of a file name that is not UTF-8 is written like \\xff.
+    """
+    return "".join(
+        char if char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cf", "Cs") else _escaped(char)
+        for char in text
+    )
+
+
+def _escaped(char: str) -> str:
+    return f"\\x{ord(char) - 0xDC00:02x}" if 0xDC80 <= ord(char) <= 0xDCFF else ""
 
 
 def one_line(error: BaseException | str) -> str:

@@ -50,9 +50,17 @@ def _of_writing(error: BaseException, folder: Path) -> tuple[str, str] | None:
             return "the disk has no inodes left, so it can take no further file", "remove files that you do not need"
         return f"the disk is full ({free_bytes(folder) >> 20} MiB free)", "free space and run again"
     if isinstance(error, OSError) and lacks_permission(error):
-        what = f"cannot be written ({error.strerror})" + (f": {error.filename}" if error.filename else "")
-        return what, f"make {_existing(folder)} writable"
+        return _of_permission(error, folder)
     return None
+
+
+def _of_permission(error: OSError, folder: Path) -> tuple[str, str]:
+    name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
+    where = f": {name}" if name else ""
+    effective = os.access in os.supports_effective_ids
+    if os.path.lexists(name) and not os.access(name, os.R_OK, effective_ids=effective):
+        return f"cannot be read ({error.strerror}){where}", f"make {name} readable"
+    return f"cannot be written ({error.strerror}){where}", f"make {_existing(folder)} writable"
 
 
 def _of_memory(error: BaseException) -> tuple[str, str] | None:

@@ -1,26 +1,21 @@
-"""Artefacts that are complete or absent: written to a draft folder with a manifest of checksums, synced, renamed."""
+"""The manifest of an artefact: what it is, what it was made from, and size and sha256 of each of its files."""
 
-import contextlib
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from remint.core import machine
-from remint.core.errors import ArtefactError, RemintError, got, listed
+from remint.core.errors import ArtefactError, got, listed
 from remint.core.files import check_folder, is_inside, read_object
-from remint.core.lock import held
 
 NAME = "manifest.json"
 # A manifest's record of one file: {"bytes": …, "sha256": …}.
 Entry = Mapping[str, Any]
 _FORMAT = 2
-_LOCK = "lock"
 # Number of files hashed in parallel. hashlib releases the GIL, and one core hashes more slowly than most disks read.
 _AT_ONCE = min(8, os.cpu_count() or 1)
 
@@ -49,42 +44,6 @@ def file_digest(path: Path) -> str:
     """sha256 (hex) of a file, read in chunks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextlib.contextmanager
-def artefact(
-    target: Path,
-    kind: str,
-    known: Mapping[str, Entry] = MappingProxyType({}),
-    before_publishing: Callable[[], None] = lambda: None,
-) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Yield a new folder to fill and a dict of facts for its manifest.
-
-    On success the folder is synced and replaces `target`. On any error it is removed. `before_publishing` is called
-    when the folder is complete; if it raises, nothing is replaced.
-
-    `known` holds size and sha256 of files that the caller links into the folder, as `checked` found them; these files
-    are not read again. The caller may add to it until the block ends.
-
-    Raises ArtefactError if the disk is full, `target` cannot be written, another process is making it, or it holds
-    anything that no stage wrote. `target` then stays as it was.
-    """
-    facts: dict[str, Any] = {}
-    try:
-        check_place(target, kind)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _draft(target) as (new, old):
-            yield new, facts
-            write(new, kind, facts, known)
-            _sync_tree(new)
-            before_publishing()
-            check_place(target, kind)
-            _replace(new, target, old)
-    except Exception as error:  # safetensors and tokenizers report a full disk by their own exception classes
-        explained = _explain(error, target)
-        if explained is None:
-            raise
-        raise explained from error
 
 
 def write(folder: Path, kind: str, facts: Mapping[str, Any], known: Mapping[str, Entry] = MappingProxyType({})) -> None:
@@ -223,108 +182,5 @@ def _is_entry(entry: tuple[str, Any]) -> bool:
     )
 
 
-def check_place(place: Path, kind: str) -> None:
-    """Refuse a place whose content would be lost if an artefact of `kind` were written there.
-
-    A place is free if there is nothing, or if a stage wrote all that is there: an artefact of this kind. A damaged file
-    of an artefact still counts as the artefact's. Raises ArtefactError that names what no stage wrote.
-    """
-    if place.is_symlink() or (place.exists() and not place.is_dir()):
-        what = "a symbolic link" if place.is_symlink() else "a file"
-        raise ArtefactError(f"{place}: must be a folder or absent, got {what}; move it away, a stage writes here")
-    if names := foreign(place, kind):
-        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        raise ArtefactError(
-            f"{place}: holds what no stage wrote, and it would be lost: {shown}; move it away, a stage writes here"
-        )
-
-
-def foreign(place: Path, kind: str) -> list[str]:
-    """Names of the files in a folder that are not part of an artefact of `kind`, sorted; [] if there is no folder.
-
-    If the folder has no manifest of that kind that can be read, these are all files.
-    """
-    present = {
-        path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_symlink() or not path.is_dir()
-    }
-    if not present:
-        return []
-    with contextlib.suppress(RemintError):
-        content = read_object(place / NAME)
-        if content.get("kind") == kind and isinstance(content.get("files"), dict):
-            present -= {NAME, *content["files"]}
-    return sorted(present)
-
-
-@contextlib.contextmanager
-def _draft(target: Path) -> Iterator[tuple[Path, Path]]:
-    """Yield an empty new folder for an artefact, and a path to which the old artefact can be moved.
-
-    Both are in a hidden folder beside `target`, which is removed at the end. Its lock file allows one process at a
-    time, and tells it from a folder of the user: what a killed run left has one.
-    """
-    hidden = target.parent / f".{target.name}.draft"
-    lock, new, old = hidden / _LOCK, hidden / "new", hidden / "old"
-    if hidden.is_symlink() or (hidden.exists() and not hidden.is_dir()) or (_is_filled(hidden) and not lock.exists()):
-        raise ArtefactError(f"{hidden}: must be absent, got what no stage wrote; move it away, a stage writes here")
-    hidden.mkdir(exist_ok=True)
-    try:
-        with held(lock, f"is making {target}"):
-            if old.exists() and not target.exists():  # killed between the two renames of _replace
-                old.rename(target)
-            _clear(new, old)
-            new.mkdir()
-            try:
-                yield new, old
-            finally:
-                _clear(new, old)
-    finally:
-        with contextlib.suppress(OSError):  # another process may have its lock there
-            hidden.rmdir()
-
-
-def _clear(*folders: Path) -> None:
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def _is_filled(folder: Path) -> bool:
     return folder.is_dir() and any(folder.iterdir())
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        # safetensors creates files that only the owner may read, and the modes of folders follow the user's umask.
-        # Fixed modes let other users read the artefact.
-        path.chmod(0o755 if path.is_dir() else 0o644)
-        sync(path)
-
-
-def sync(path: Path) -> None:
-    """Make a file's bytes, or a folder's entries, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _replace(new: Path, target: Path, old: Path) -> None:
-    """Rename `new` to `target`. What was there is moved to `old` first, and put back if the rename fails."""
-    if target.exists():
-        target.rename(old)
-    try:
-        new.rename(target)
-    except OSError:
-        if old.exists():
-            old.rename(target)
-        raise
-    sync(target.parent)
-
-
-def _explain(error: Exception, target: Path) -> ArtefactError | None:
-    """The ArtefactError to raise for a limit of the machine, such as a full disk; None for any other error."""
-    if isinstance(error, RemintError) or (explained := machine.explain(error, target.parent)) is None:
-        return None
-    what, cure = explained
-    return ArtefactError(f"{target}: {what}, so nothing was replaced; {cure}")

@@ -1,6 +1,7 @@
 """Add a LoRA adapter to a model (Hu et al. 2021)."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -15,15 +16,20 @@ def add_lora(model: nn.Module, settings: Lora) -> PeftModel:
     Raises SettingsError if a target is not a linear layer of the model.
     """
     check_targets(settings.targets, linears_by_suffix(model))
-    config = LoraConfig(
+    return get_peft_model(model, peft_config(settings), autocast_adapter_dtype=True)
+
+
+def peft_config(settings: Lora, **more: Any) -> LoraConfig:
+    """PEFT's configuration for these settings, with `more` of its own fields."""
+    return LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=sorted(settings.targets),
         bias="none",
         task_type="CAUSAL_LM",
+        **more,
     )
-    return get_peft_model(model, config, autocast_adapter_dtype=True)
 
 
 def linears_by_suffix(model: nn.Module) -> set[str]:

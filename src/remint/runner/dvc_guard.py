@@ -17,8 +17,9 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
+from remint.core.declared import AGAIN
+from remint.core.draft import check_place
 from remint.core.errors import RemintError
-from remint.core.manifest import check_place
 from remint.core.paths import ARTEFACTS, MADE_BY, Paths
 from remint.core.process import end_with_parent
 
@@ -121,8 +122,7 @@ def _check_unchanged(stage: Any) -> None:
     changed = [str(dep) for dep, before in zip(stage.deps, started or (), strict=False) if dep.hash_info != before]
     if changed:
         raise _refusal(
-            f"{stage.name}: {', '.join(changed)} changed while the stage ran, so its result is not recorded; undo the "
-            "change and run the same command, or run it as it is to start anew"
+            f"{stage.name}: {', '.join(changed)} changed while the stage ran, so its result is not recorded; {AGAIN}"
         )
 
 

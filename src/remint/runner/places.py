@@ -5,7 +5,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from remint.core import manifest
+from remint.core.draft import check_place
 from remint.core.errors import ArtefactError, RemintError, SettingsError, got
 from remint.core.paths import MADE_BY, PIPELINE, Paths
 from remint.runner import pipeline
@@ -39,7 +39,7 @@ def check(stage: str, paths: Paths) -> None:
     place: Path = getattr(paths, kind)
     if faults := [*_where_faults(place)]:
         raise SettingsError(*(f"paths.{kind}: {fault}, {got(place.as_posix())}; use data/{kind}" for fault in faults))
-    manifest.check_place(place, kind)
+    check_place(place, kind)
 
 
 def check_outs(stage: str) -> None:

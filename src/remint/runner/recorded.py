@@ -1,6 +1,5 @@
 """Compares what an artefact was made with, by its manifest, with params.yaml, conf/, the code, and dvc.lock."""
 
-import fcntl
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -8,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from remint.core import manifest
+from remint.core.draft import LOCK as DRAFT_LOCK
+from remint.core.draft import check_place, hidden
 from remint.core.errors import ArtefactError, RemintError
+from remint.core.lock import is_free
 from remint.core.paths import CONF, MADE_BY, PARAMS, SCRATCH, Paths
 from remint.runner import pipeline, preflight
 from remint.runner.config import compose_raw, load_yaml, place_of
 
 LOCK = Path("dvc.lock")
-# The name of the lock files in drafts and in the folders of unfinished trainings.
-LOCK_FILE = "lock"
+# In the folder of an unfinished training.
+TRAINING_LOCK = "lock"
 
 
 def check(stage: str) -> None:
@@ -32,7 +34,7 @@ def check(stage: str) -> None:
 def verify(stage: str) -> None:
     """Check that a stage wrote all that is in its place. Raises ArtefactError. An absent artefact is no fault."""
     place: Path = getattr(Paths(), MADE_BY[stage])
-    manifest.check_place(place, MADE_BY[stage])
+    check_place(place, MADE_BY[stage])
     if (place / manifest.NAME).exists():
         manifest.verify(place, MADE_BY[stage])
 
@@ -108,23 +110,13 @@ def tidy(stage: str) -> None:
     """
     kind = MADE_BY[stage]
     place: Path = getattr(Paths(), kind)
-    left = [place.with_name(f".{place.name}.draft")]
+    locks = [hidden(place) / DRAFT_LOCK]
     if stage == "train":
         fingerprint = manifest.read(place, kind).get("origin", {}).get("fingerprint")
-        left += [SCRATCH / "train" / fingerprint] if isinstance(fingerprint, str) else []
-    for folder in left:
-        if (folder / LOCK_FILE).is_file() and _is_free(folder / LOCK_FILE):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_free(lock: Path) -> bool:
-    """Whether no process holds a lock file."""
-    try:
-        with lock.open("r+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+        locks += [SCRATCH / "train" / fingerprint / TRAINING_LOCK] if isinstance(fingerprint, str) else []
+    for lock in locks:
+        if is_free(lock):
+            shutil.rmtree(lock.parent, ignore_errors=True)
 
 
 if __name__ == "__main__":  # started by the guard in DVC's process, before DVC records the stage

@@ -3,6 +3,9 @@
 It reads messages from its standard input, one JSON object a line: first the task, then rows of metrics, at last the
 status that the run ends with. It writes messages to its standard output:
 
+The run is opened with the first row. A stage that still waits for another process that computes the same may not touch
+that one's run.
+
 - `ready`: the imports are done.
 - `patience`: the seconds until the next message, at most. A recorder that is silent for longer hangs and can be killed.
 - `fault`: what is wrong with the store, and the cure. A stage's recorder tries again while the stage runs.
@@ -17,7 +20,7 @@ import sys
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from remint.core.errors import RemintError
@@ -108,16 +111,21 @@ def _record(task: Mapping[str, Any], inbox: _Inbox, report: Report) -> None:
     """Log the rows of a stage until its status arrives. After a failure, try again later: the store may come back."""
     run: Any = None
     rows: list[dict[str, Any]] = []
+    ready = False
     wait_s: float | None = 0.0
     pause_s = _FIRST_PAUSE_S
     while True:
-        status = inbox.take(rows, wait_s, for_rows=run is not None)
+        status = inbox.take(rows, wait_s, for_rows=ready)
         try:
-            run = run or _opened(task, report)
-            while rows:
+            if not ready:
+                _check_and_import(report)
+                ready = True
+            if rows and not run:
+                run = _opened(task, rows, report)
+            while rows and run:
                 run.log(rows[:_ROWS])
                 del rows[:_ROWS]
-            if status:
+            if status and run:
                 run.end(status)
         except Exception as error:  # a store may fail in any way
             report(fault=store.describe_fault(store.uri(), error), patience=_ANSWER_S)
@@ -125,7 +133,7 @@ def _record(task: Mapping[str, Any], inbox: _Inbox, report: Report) -> None:
                 return
             if run:
                 run.leave()
-            run, wait_s, pause_s = None, pause_s, min(2 * pause_s, _LONGEST_PAUSE_S)
+            run, ready, wait_s, pause_s = None, False, pause_s, min(2 * pause_s, _LONGEST_PAUSE_S)
             del rows[:-_KEPT]
         else:
             wait_s, pause_s = None, _FIRST_PAUSE_S
@@ -134,11 +142,12 @@ def _record(task: Mapping[str, Any], inbox: _Inbox, report: Report) -> None:
                 return
 
 
-def _opened(task: Mapping[str, Any], report: Report) -> Any:
-    _check_and_import(report)
+def _opened(task: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], report: Report) -> Any:
+    """The run for these rows; None if all of them were logged before, by a run that has ended well."""
     from remint.runner import runs
 
-    return runs.StageRun(task, lambda: report(patience=_ANSWER_S))
+    computing = any(not row["again"] for row in rows)
+    return runs.stage_run(task, computing, lambda: report(patience=_ANSWER_S))
 
 
 def _check_and_import(report: Report) -> None:

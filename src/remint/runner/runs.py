@@ -23,29 +23,36 @@ from remint.runner.store import EXPERIMENT
 _BATCH = 1000
 
 
-class StageRun:
-    """One run of a stage. It continues an unfinished run of the same fingerprint and repeats no step of it."""
+def stage_run(task: Mapping[str, Any], computing: bool, progress: Callable[[], None]) -> "StageRun | None":
+    """The run of a stage, which continues an unfinished one of the same fingerprint. None if there is nothing to log.
 
-    def __init__(self, task: Mapping[str, Any], progress: Callable[[], None]):
-        """`task` has the stage, its fingerprint and settings, and the folder of its dataset or None."""
-        self._client, experiment = _connect(progress)
-        fingerprint = task["fingerprint"]
-        unfinished = self._client.search_runs(
-            [experiment],
-            f"tags.`remint.fingerprint` = '{fingerprint}' and attributes.status != 'FINISHED'",
-            max_results=1,
-        )
+    `task` has the stage, its fingerprint and settings, and the folder of its dataset or None. Without `computing`, all
+    that is to be logged was computed before: a run that has ended well has it already.
+    """
+    client, experiment = _connect(progress)
+    same = f"tags.`remint.fingerprint` = '{task['fingerprint']}'"
+    unfinished = client.search_runs([experiment], f"{same} and attributes.status != 'FINISHED'", max_results=1)
+    if not unfinished and not computing and client.search_runs([experiment], same, max_results=1):
+        return None
+    return StageRun(client, experiment, task, unfinished[0] if unfinished else None)
+
+
+class StageRun:
+    """One run of a stage. It repeats no step of the unfinished run that it continues."""
+
+    def __init__(self, client: Any, experiment: str, task: Mapping[str, Any], unfinished: Any):
+        self._client = client
         self._logged: dict[str, set[int]] = defaultdict(set)
         if unfinished:
-            run = unfinished[0]
+            run = unfinished
             self._run_id = run.info.run_id
             self._client.update_run(self._run_id, "RUNNING")
             for key in run.data.metrics:
                 if not key.startswith("system/"):
                     self._logged[key] = {m.step for m in self._client.get_metric_history(self._run_id, key)}
         else:
-            name = f"{task['stage']}-{fingerprint[:7]}"
-            tags = {"remint.kind": "stage", "remint.stage": task["stage"], "remint.fingerprint": fingerprint}
+            name = f"{task['stage']}-{task['fingerprint'][:7]}"
+            tags = {"remint.kind": "stage", "remint.stage": task["stage"], "remint.fingerprint": task["fingerprint"]}
             run = self._client.create_run(experiment, run_name=name, tags=tags | _circumstances())
             self._run_id = run.info.run_id
         # The first attempt may have ended between these requests.

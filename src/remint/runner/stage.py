@@ -29,10 +29,10 @@ def run_stage(stage: str, overrides: Sequence[str] = (), print_settings: bool = 
     if print_settings:
         print(OmegaConf.to_yaml(OmegaConf.create(_plain(OmegaConf.to_container(raw, resolve=True)))), end="")
         return 0
-    rank, by_dvc = workers.rank(), bool(os.environ.get("DVC_STAGE"))
-    if rank is not None or by_dvc:
+    rank = workers.rank()
+    if rank is not None:
         end_with_parent()
-    else:
+    elif not os.environ.get("DVC_STAGE"):
         for warning in preflight.other_inputs(stage, overrides):
             print(f"warning: {warning}", file=sys.stderr)
     if stage == "train" and rank is None and arguments["train"].processes > 1:

@@ -101,12 +101,13 @@ class _Sink:
         except OSError as error:  # no memory for another process, for example
             self._warn(store.Fault(f"the process that logs to it cannot be started ({error.strerror})", "end others"))
 
-    def log(self, metrics: Mapping[str, float], step: int = 0) -> None:
+    def log(self, metrics: Mapping[str, float], step: int = 0, again: bool = False) -> None:
         """Pass on the metrics of a step. Returns at once."""
         if self._recorder is None:
             return
         values = {key: float(value) for key, value in metrics.items()}
-        self._dropped += not self._recorder.send({"metrics": values, "step": step, "time": time.time_ns() // 10**6})
+        row = {"metrics": values, "step": step, "time": time.time_ns() // 10**6, "again": again}
+        self._dropped += not self._recorder.send(row)
         for message in self._recorder.heard():
             self._note(message)
 

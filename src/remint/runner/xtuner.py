@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from remint.core import manifest
+from remint.core.draft import artefact
 from remint.core.errors import ArtefactError, RemintError, SettingsError, got, listed
 from remint.core.files import check_file, read_object
 from remint.model import loading, template
@@ -65,7 +66,7 @@ def to_llama(source: Source, path: Path, base: Path, dataset: Path, target: Path
     adapter.check_finite(tensors, path)
     files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
     used = {file.name: manifest.file_digest(file) for file in files}
-    with manifest.artefact(target, "adapter") as (draft, made):
+    with artefact(target, "adapter") as (draft, made):
         adapter.write(tensors, lora, about_base["name"], draft)
         template.load(base).save(draft)
         made.update(

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from remint.core import manifest
+from remint.core.draft import artefact
 from remint.core.files import read_object
 from remint.model import loading, template
 from remint.weights import internlm2, shards
@@ -22,7 +23,7 @@ def to_internlm2(model: Path, base: Path, target: Path) -> None:
     config = read_object(model / "config.json")
     kept = _tokenizer_model(facts, base)
     made = internlm2.own_config(config)
-    with manifest.artefact(target, "export") as (draft, about):
+    with artefact(target, "export") as (draft, about):
         writer = shards.Writer(draft, _SHARD_BYTES)
         parts = (part for path in shards.files(model) for part in shards.tensors(path))
         for name, tensor in internlm2.from_llama(parts, config):

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from remint.core.errors import ArtefactError, SettingsError, got, listed
 from remint.core.files import read_object
 from remint.core.manifest import dump_json
-from remint.model.libraries import LoraConfig
+from remint.model import lora
 from remint.model.qlora import Lora
 from remint.weights import shards
 
@@ -74,16 +74,7 @@ def write(tensors: Mapping[str, torch.Tensor], settings: Lora, base_name: str, f
 
 
 def _config(settings: Lora, base_name: str) -> dict[str, Any]:
-    config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        target_modules=sorted(settings.targets),
-        bias="none",
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base_name,
-        inference_mode=True,
-    ).to_dict()
+    config = lora.peft_config(settings, base_model_name_or_path=base_name, inference_mode=True).to_dict()
     # PEFT keeps the targets as a set, which would be written in random order.
     return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from remint.core import manifest
 from remint.core.declared import Declared
+from remint.core.draft import artefact
 from remint.core.errors import ArtefactError, SettingsError, got
 from remint.core.log import Log
 from remint.core.paths import Paths
@@ -29,7 +30,7 @@ def run(convert: Convert, paths: Paths, declared: Declared, log: Log) -> None:
         {name: tuple(t.shape) for name, t in tensors.items()}, shards.shapes(paths.base), lora, paths.checkpoint
     )
     adapter.check_finite(tensors, paths.checkpoint)
-    with manifest.artefact(paths.adapter, "adapter", before_publishing=declared.check_unchanged) as (draft, made):
+    with artefact(paths.adapter, "adapter", before_publishing=declared.check_unchanged) as (draft, made):
         adapter.write(tensors, lora, facts["origin"]["base_name"], draft)
         template.load(paths.checkpoint).save(draft)
         (draft / "README.md").write_text(card(facts, step), encoding="utf-8")

@@ -16,6 +16,7 @@ from remint.compute.loss import SupervisedLoss, mean_loss
 from remint.compute.packing import cut, encode
 from remint.core import manifest
 from remint.core.declared import Declared
+from remint.core.draft import artefact
 from remint.core.errors import SettingsError, brief, got
 from remint.core.files import read_rows
 from remint.core.log import Log
@@ -54,7 +55,7 @@ def run(runtime: Runtime, eval_chat: EvalChat, paths: Paths, declared: Declared,
     rows = [_answered(row, base, merged) for (_, row), base, merged in zip(records, *answers.values(), strict=True)]
     metrics = summarise(rows, identity, losses)
     history = read_rows(paths.checkpoint / "history.jsonl")
-    with manifest.artefact(paths.report, "report", before_publishing=declared.check_unchanged) as (draft, made):
+    with artefact(paths.report, "report", before_publishing=declared.check_unchanged) as (draft, made):
         (draft / "metrics.json").write_text(manifest.dump_json(metrics), encoding="utf-8")
         _write_curves(history, draft / "curves.csv")
         _write_transcript(rows, identity, draft / "transcript.jsonl")

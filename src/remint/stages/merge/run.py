@@ -11,6 +11,7 @@ from remint.compute import determinism
 from remint.compute.packing import Document, cut, encode
 from remint.core import manifest
 from remint.core.declared import Declared
+from remint.core.draft import artefact
 from remint.core.errors import ArtefactError
 from remint.core.files import read_object
 from remint.core.log import Log
@@ -47,7 +48,7 @@ def run(runtime: Runtime, merge: Merge, paths: Paths, declared: Declared, log: L
     dtype = None if merge.dtype == "base" else loading.TORCH_DTYPES[merge.dtype]
     quantization = Quantization(**facts["quantization"]) if merge.into == "dequantized" else None
     made_by = {**facts["made_by"], "merge": declared.record}
-    with manifest.artefact(paths.model, "model", before_publishing=declared.check_unchanged) as (draft, made):
+    with artefact(paths.model, "model", before_publishing=declared.check_unchanged) as (draft, made):
         size = write_merged(paths.base, tensors, lora, quantization, dtype, draft)
         _copy_config_and_tokenizer(paths, draft, merge.dtype)
         proof = _prove(paths, draft, quantization)

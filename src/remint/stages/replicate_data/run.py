@@ -10,6 +10,7 @@ import numpy as np
 
 from remint.core import manifest
 from remint.core.declared import Declared
+from remint.core.draft import artefact
 from remint.core.errors import DataError, RemintError, got, listed
 from remint.core.log import Log
 from remint.core.paths import Paths
@@ -51,7 +52,7 @@ def run(
     split.check_disjoint([*train, *control], [*held_out, *control_held_out])
     copies = [(len(train), settings.identity_copies), (len(control), settings.control_copies)]
     order = split.replicated_order(copies, seed)
-    with manifest.artefact(paths.dataset, "dataset", before_publishing=declared.check_unchanged) as (draft, facts):
+    with artefact(paths.dataset, "dataset", before_publishing=declared.check_unchanged) as (draft, facts):
         _write([*train, *control], order, draft / "train.jsonl")
         _write(held_out, range(len(held_out)), draft / "held_out.jsonl")
         _write(control_held_out, range(len(control_held_out)), draft / "control.jsonl")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from remint.core import manifest
 from remint.core.declared import Declared
+from remint.core.draft import artefact
 from remint.core.errors import ArtefactError
 from remint.core.lock import in_turn, is_awaited
 from remint.core.log import Log
@@ -33,7 +34,7 @@ def run(model: Model, paths: Paths, declared: Declared, log: Log) -> None:
 def _stage(model: Model, paths: Paths, declared: Declared, files: Path) -> layout.Weights:
     """Fetch the source into `files` and write the artefact. Returns the writer, which has counted the parameters."""
     folder, gguf = sources.fetch(model, files)
-    with manifest.artefact(paths.base, "base", before_publishing=declared.check_unchanged) as (draft, facts):
+    with artefact(paths.base, "base", before_publishing=declared.check_unchanged) as (draft, facts):
         config = layout.read_config(folder, gguf)
         tokenizer = layout.read_tokenizer(folder, gguf)
         unknown = tokens.missing_tokens(model.template, tokenizer)

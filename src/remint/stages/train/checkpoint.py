@@ -13,6 +13,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from remint.core import machine, manifest
+from remint.core.draft import sync
 from remint.core.errors import ArtefactError, got, one_line
 from remint.core.files import read_object
 from remint.model.checkpoint_layout import STATE, TENSORS, folder_name
@@ -62,10 +63,10 @@ class Draft:
             manifest.write(self._folder, KIND, {"step": self._step, "conditions": dict(conditions)}, known)
             for path in [*self._folder.iterdir(), self._folder]:
                 if path.name != TENSORS:
-                    manifest.sync(path)
+                    sync(path)
             target = self._root / folder_name(self._step)
             self._folder.rename(target)
-            manifest.sync(self._root)
+            sync(self._root)
             return {target / name: entry for name, entry in known.items()}
         except OSError as error:
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -86,7 +87,7 @@ class Draft:
         self._folder.mkdir()
         path = self._folder / TENSORS
         path.write_bytes(tensors)
-        manifest.sync(path)
+        sync(path)
         return manifest.described([path])[path]
 
     def _full(self) -> ArtefactError:

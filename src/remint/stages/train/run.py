@@ -19,6 +19,7 @@ from remint.compute.loss import SupervisedLoss
 from remint.compute.packing import cut, encode
 from remint.core import manifest
 from remint.core.declared import Declared
+from remint.core.draft import artefact
 from remint.core.lock import in_turn, is_awaited
 from remint.core.log import Log
 from remint.core.paths import SCRATCH, Paths
@@ -59,10 +60,11 @@ def run(
         _only_writer(scratch, train.resume) if group.leads else contextlib.nullcontext(),
         loop.stop_signals(alone=group.size == 1) as signals,
     ):
+        group.agreed(0)  # the others wait for the lock, too
         session = _open(seed, train, paths, log, scratch / "steps", signals, declared.fingerprint, group)
         done = session.restore()
-        session.begin(done)
         try:
+            session.begin(done)
             loop.train_steps(
                 session.model,
                 session.optimizer,
@@ -174,7 +176,7 @@ def _publish(session: Session, target: Path, origin: dict[str, Any], declared: D
     recorded = session.recorded
     checked = checkpoint.check_saved(session.store, session.latest)
     known: dict[str, manifest.Entry] = {}
-    with manifest.artefact(target, "checkpoint", known, declared.check_unchanged) as (draft, facts):
+    with artefact(target, "checkpoint", known, declared.check_unchanged) as (draft, facts):
         for step in checkpoint.saved_steps(session.store):
             name = checkpoint_layout.folder_name(step)
             shutil.copytree(session.store / name, draft / name, copy_function=_link)

@@ -112,7 +112,7 @@ class Session:
             disable=not self.group.leads,
         )
         for row in self.recorded.history:
-            self.log({key: value for key, value in row.items() if key != "step"}, int(row["step"]))
+            self.log({key: value for key, value in row.items() if key != "step"}, int(row["step"]), again=True)
         if done == 0:
             if self.group.leads:
                 tqdm.write("train: evaluating the base before the first step")
@@ -152,7 +152,8 @@ class Session:
 
     def end(self) -> None:
         """Close the progress bar."""
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()
 
     def _note(self, row: dict[str, float]) -> None:
         self.recorded.history.append(row)
