@@ -20,14 +20,14 @@ pytestmark = pytest.mark.slow
 PIPELINE = """
 stages:
   one:
-    cmd: mkdir -p data/dataset && {made} > data/dataset/a.txt && echo b > data/dataset/b.txt
+    cmd: mkdir -p data/one && {made} > data/one/a.txt && echo b > data/one/b.txt
     deps: [source.txt]
     params: [seed]
-    outs: [data/dataset]
+    outs: [data/one]
   two:
-    cmd: mkdir -p data/report && cat data/dataset/a.txt source.txt > data/report/metrics.json
-    deps: [data/dataset]
-    outs: [data/report/metrics.json]
+    cmd: mkdir -p data/two && cat data/one/a.txt source.txt > data/two/metrics.json
+    deps: [data/one]
+    outs: [data/two/metrics.json]
 """
 PARAMS = "model: toy\nseed: 1\n"
 
@@ -85,22 +85,22 @@ def test_the_same_bytes_are_reported_and_nothing_is_left(toy, tmp_path, capsys):
 
 def test_a_file_that_comes_out_otherwise_is_named_and_the_rebuilds_are_kept(toy, tmp_path, capsys):
     toy(made="date +%N")
-    with pytest.raises(RemintError, match=r"not identical: data/dataset, data/report, dvc\.lock"):
+    with pytest.raises(RemintError, match=r"not identical: data/one, data/two/metrics\.json, dvc\.lock"):
         call(["reproduce", "--times", "2"])
     said = capsys.readouterr().out
-    assert "rebuild 1 against data/dataset here" in said
+    assert "rebuild 1 against data/one here" in said
     assert "rebuild 2 against rebuild 1" in said
     assert "a.txt: content differs" in said
     assert "b.txt" not in said
     (kept,) = left(tmp_path)
-    assert (kept / "rebuild-2/data/dataset/a.txt").is_file()
+    assert (kept / "rebuild-2/data/one/a.txt").is_file()
 
 
 def test_a_changed_artefact_here_is_reported_though_the_rebuild_equals_the_lock(toy, capsys):
     place = toy()
-    (place / "data/dataset/a.txt").write_text("other\n")
-    (place / "data/dataset/more.txt").touch()
-    with pytest.raises(RemintError, match="not identical: data/dataset;"):
+    (place / "data/one/a.txt").write_text("other\n")
+    (place / "data/one/more.txt").touch()
+    with pytest.raises(RemintError, match="not identical: data/one;"):
         call(["reproduce"])
     said = capsys.readouterr().out
     assert "a.txt: content differs, 2 bytes" in said
@@ -113,7 +113,7 @@ def test_what_is_no_part_of_the_commit_is_said_first(toy, capsys):
     commit(place)
     (place / "source.txt").write_text("u\n")
     (place / "new.txt").touch()
-    with pytest.raises(RemintError, match=r"not identical: data/report, dvc\.lock"):
+    with pytest.raises(RemintError, match=r"not identical: data/two/metrics\.json, dvc\.lock"):
         call(["reproduce"])
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "not committed, so not part of the rebuild: source.txt, new.txt"
@@ -135,9 +135,7 @@ def test_elsewhere_is_really_elsewhere(toy, tmp_path, capsys, monkeypatch):
     with pytest.raises(RemintError, match="not identical"):
         call(["reproduce", "--vary"])
     (kept,) = left(tmp_path)
-    umask, zone, cores, user, folder, *others = (
-        (kept / "a folder with spaces/data/dataset/a.txt").read_text().splitlines()
-    )
+    umask, zone, cores, user, folder, *others = (kept / "a folder with spaces/data/one/a.txt").read_text().splitlines()
     assert (umask, zone, cores) == ("0077", "+14", "1")
     assert user == (str(os.geteuid()) if "skipped: another user" in capsys.readouterr().out else "65534")
     assert folder == str(kept / "a folder with spaces")

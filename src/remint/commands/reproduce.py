@@ -27,6 +27,7 @@ from remint.core.paths import Paths
 from remint.runner.config import load_yaml
 from remint.runner.rebuild import LOCK, Rebuild, clone, duration, elsewhere, git, run, warn_if_stale
 
+_FIXED = list(vars(Paths()).values())
 _SHOWN = 12  # differences printed per artefact
 
 
@@ -80,31 +81,53 @@ def compare(here: Path, rebuilds: Sequence[Rebuild], committed: Path) -> list[st
     first, expected = rebuilds[0].folder, _hashes(committed)
     outs = {*expected, *_hashes(first / LOCK)}
     differing = []
-    print(f"\n{'':<18}{'files':>6}{'bytes':>16}  sha256")
-    for place in map(str, vars(Paths()).values()):
-        mine = sorted(out for out in outs if Path(place) in (Path(out), *Path(out).parents))
-        if not mine:
-            continue
+    places = sorted({_place(out) for out in outs}, key=_order)
+    width = max([18, *(len(place) + 2 for place in places)])
+    print(f"\n{'':<{width}}{'files':>6}{'bytes':>16}  sha256")
+    for place in places:
+        mine = sorted(out for out in outs if _place(out) == place)
         faults = []
         for rebuild in rebuilds:
             made = _hashes(rebuild.folder / LOCK)
             changed = [out for out in mine if made.get(out) != expected.get(out)]
             faults += [f"{rebuild.label}: {out}: {made.get(out)}, committed {expected.get(out)}" for out in changed]
             for label, folder in ((f"{place} here", here), (rebuilds[0].label, first)):
-                if (folder / place).is_dir() and folder != rebuild.folder:
-                    found = manifest.differences(rebuild.folder / place, manifest.inventory(folder / place))
+                if (folder / place).exists() and folder != rebuild.folder:
+                    found = _differences(rebuild.folder / place, folder / place)
                     faults += [f"{rebuild.label} against {label}: {fault}" for fault in found]
-        files = manifest.inventory(first / place)
+        files = _inventory(first / place)
         size = sum(facts["bytes"] for facts in files.values())
-        _row(f"{place:<18}{len(files):>6}{size:>16,}  {manifest.digest(files)[:12]}", faults)
+        _row(f"{place:<{width}}{len(files):>6}{size:>16,}  {manifest.digest(files)[:12]}", faults)
         differing += [place] if faults else []
     faults = [
         f"{r.folder / LOCK}: not the committed one"
         for r in rebuilds
         if not filecmp.cmp(r.folder / LOCK, committed, False)
     ]
-    _row(f"{LOCK:<18}{1:>6}{committed.stat().st_size:>16,}  {manifest.file_digest(committed)[:12]}", faults)
+    _row(f"{LOCK:<{width}}{1:>6}{committed.stat().st_size:>16,}  {manifest.file_digest(committed)[:12]}", faults)
     return differing + ([LOCK] if faults else [])
+
+
+def _place(out: str) -> str:
+    """The artefact that an output of dvc.yaml belongs to; the output itself if it is of a stage of the user's own."""
+    return next((str(place) for place in _FIXED if place in (Path(out), *Path(out).parents)), out)
+
+
+def _order(place: str) -> tuple[int, str]:
+    """The artefacts in the order of the stages, then all others."""
+    return _FIXED.index(Path(place)) if Path(place) in _FIXED else len(_FIXED), place
+
+
+def _differences(rebuilt: Path, other: Path) -> list[str]:
+    if not (rebuilt.is_file() or other.is_file()):
+        return list(manifest.differences(rebuilt, manifest.inventory(other)))
+    same = rebuilt.is_file() and other.is_file() and filecmp.cmp(rebuilt, other, shallow=False)
+    return [] if same else [f"{rebuilt}: content differs"]
+
+
+def _inventory(place: Path) -> dict[str, manifest.Entry]:
+    """Size and sha256 of every file in a folder, or of a single file."""
+    return {place.name: manifest.described([place])[place]} if place.is_file() else manifest.inventory(place)
 
 
 def _row(text: str, faults: Sequence[str]) -> None:
