@@ -205,4 +205,4 @@ audit: $(TOOLS)/.complete ## look up known vulnerabilities of the locked package
 		"run it where api.osv.dev is reachable; .scratch/audit.log has the cause" >&2; exit 1; fi
 
 clean: ## remove unfinished work and tool caches; data and experiments are kept
-	rm -rf .scratch .pytest_cache .mypy_cache .ruff_cache build src/*.egg-info dvc_plots sbom.cdx.json
+	rm -rf .scratch .pytest_cache .mypy_cache .ruff_cache src/*.egg-info dvc_plots sbom.cdx.json

@@ -12,7 +12,7 @@ from remint import __main__
 from remint.__main__ import call
 from remint.core import manifest
 from remint.core.draft import artefact
-from remint.core.errors import SettingsError
+from remint.core.errors import RemintError, SettingsError
 from remint.identity import Identity
 from remint.runner import config, preflight, recipes
 from remint.runner.stage import run_stage
@@ -202,7 +202,11 @@ def test_a_damaged_params_yaml_is_refused(stage, old, new, said, workplace):
 @pytest.mark.parametrize(
     ("name", "maker", "said"),
     [
-        ("name: ''", "maker: M", "identity.name: must be one line of visible text of at most 100 characters, got ''; change it in"),
+        (
+            "name: ''",
+            "maker: M",
+            "identity.name: must be one line of visible text of at most 100 characters, got ''; change it in",
+        ),
         ("name:", "maker: M", "identity.name: must be text, got None; change it in"),
         ("name: 007", "maker: M", "identity.name: must be text, got 7; put it in quotes in"),
         ("name: N", "maker: yes", "identity.maker: must be text, got True; put it in quotes in"),
@@ -360,6 +364,12 @@ def test_a_damaged_dvc_yaml_is_refused_before_anything_runs(text, said, command,
 def test_the_composed_settings_are_shown_also_to_hydras_own_words(in_root, capsys, words):
     assert call(["train", *words, "train.lr=1e-3"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["train"]["lr"] == 1e-3
+
+
+def test_a_dvc_without_guards_is_noticed_first(monkeypatch):
+    monkeypatch.delitem(sys.modules, "remint.runner.dvc_hook")
+    with pytest.raises(RemintError, match="its DVC has no guards.*run `make setup`"):
+        call(["check"])
 
 
 def test_a_base_that_has_to_be_brought_is_missed_before_anything_runs(workplace, capsys):

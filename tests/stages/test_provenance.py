@@ -117,6 +117,15 @@ def signed(tmp_path, monkeypatch):
     return tmp_path
 
 
+def test_signing_again_replaces_a_signature_and_nothing_else(signed):
+    signature.sign(signed / "other")
+    place = signed / "data/model.sig"
+    place.write_text("my notes")
+    with pytest.raises(RemintError, match=r"data/model\.sig: is not a signature; move it away"):
+        signature.sign(signed / "key")
+    assert place.read_text() == "my notes"
+
+
 def test_a_signature_says_who(signed, capsys):
     manifest.verify(signed / "data/model", "model")
     capsys.readouterr()

@@ -13,6 +13,7 @@ from remint.core.manifest import NAME
 from remint.core.paths import CONF, Paths
 
 SIGNERS = CONF / "allowed_signers"
+_HEAD = b"-----BEGIN SSH SIGNATURE-----"
 _NAMESPACE = "remint"  # a signature made for another purpose, such as a git commit, is not valid for a model
 
 
@@ -25,13 +26,18 @@ def sign(key: Path) -> None:
     if not (model / NAME).is_file():
         raise RemintError(f"{model}: no model there; `make repro` builds it")
     check_file(key.expanduser(), "give a private SSH key, KEY=~/.ssh/id_ed25519", RemintError)
+    place = _signature_file(model)
+    if os.path.lexists(place):  # an older signature is replaced, nothing else
+        check_file(place, "move it away: the signature is written there", RemintError)
+        if not place.read_bytes().startswith(_HEAD):
+            raise RemintError(f"{place}: is not a signature; move it away: the signature is written there")
     done = _ssh_keygen("sign", "-f", str(key.expanduser()), "-n", _NAMESPACE, stdin=(model / NAME).read_bytes())
     if done.returncode:
         raise RemintError(
             f"{key}: cannot sign ({one_line(done.stderr.decode(errors='replace'))}); give a private SSH key, KEY=~/.ssh/id_ed25519"
         )
-    _signature_file(model).write_bytes(done.stdout)
-    print(f"{_signature_file(model)}: signs {model}; `make verify` checks it against the keys in {SIGNERS}")
+    place.write_bytes(done.stdout)
+    print(f"{place}: signs {model}; `make verify` checks it against the keys in {SIGNERS}")
 
 
 def verify(model: Path) -> None:
