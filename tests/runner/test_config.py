@@ -368,7 +368,7 @@ def test_the_composed_settings_are_shown_also_to_hydras_own_words(in_root, capsy
 
 def test_a_dvc_without_guards_is_noticed_first(monkeypatch):
     monkeypatch.delitem(sys.modules, "remint.runner.dvc_hook")
-    with pytest.raises(RemintError, match="its DVC has no guards.*run `make setup`"):
+    with pytest.raises(RemintError, match=r"its DVC has no guards.*run `make setup`"):
         call(["check"])
 
 
