@@ -229,9 +229,9 @@ def database_of(age):
     """A database that an older MLflow made, or this one."""
 
     def changed(place):
-        from remint.runner import store
+        from remint.runner import sqlite_store
 
-        known, newest = store._schema_versions()
+        known, newest = sqlite_store.schema_versions()
         put("mlflow.db", database(newest if age == "present" else min(known - {newest})))(place)
 
     return changed

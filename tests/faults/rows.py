@@ -519,7 +519,7 @@ BUILT = {
             "sync",
             "another process has locked the database; wait until",
             change=locked_database,
-            within=patched("remint.runner.store", _LOCK_S=0.2),
+            within=patched("remint.runner.sqlite_store", _LOCK_S=0.2),
         )
     ],
     "git is not available": [fine(EVAL, variables={"PATH": "/nonexistent"}, after=same("data/report"))],

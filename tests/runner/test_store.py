@@ -13,13 +13,14 @@ import pytest
 
 from remint.__main__ import call
 from remint.core.errors import RemintError
-from remint.runner import prepare, store
+from remint.runner import prepare, sqlite_store, store
+from remint.runner.store_faults import set_aside
 from tests import broken_servers
 from tests.conftest import ROOT
 from tests.test_faults import read_only
 from tests.workplace import free_port
 
-KNOWN, NEWEST = store._schema_versions()
+KNOWN, NEWEST = sqlite_store.schema_versions()
 
 
 def make(path, version=NEWEST, table="experiments"):
@@ -102,7 +103,7 @@ def test_a_broken_database_is_one_line_and_its_cure_works(name, here):
 def test_what_was_set_aside_before_is_not_overwritten(here):
     for expected in ("mlflow.db.broken", "mlflow.db.broken2", "mlflow.db.broken3"):
         (here / "mlflow.db").mkdir()
-        subprocess.run(re.findall("`(.*?)`", store.set_aside(here / "mlflow.db"))[0], shell=True, check=True)
+        subprocess.run(re.findall("`(.*?)`", set_aside(here / "mlflow.db"))[0], shell=True, check=True)
         assert (here / expected).is_dir()
 
 
@@ -132,9 +133,9 @@ def test_a_lock_is_reported_if_it_is_held_for_long(here, monkeypatch):
     make(here / "mlflow.db")
     holder = sqlite3.connect(here / "mlflow.db", isolation_level=None, check_same_thread=False)
     holder.execute("BEGIN EXCLUSIVE")
-    monkeypatch.setattr(store, "_LOCK_S", 0.1)
+    monkeypatch.setattr(sqlite_store, "_LOCK_S", 0.1)
     assert "another process has locked the database; wait until" in fault_of("sync")
-    monkeypatch.setattr(store, "_LOCK_S", 5.0)
+    monkeypatch.setattr(sqlite_store, "_LOCK_S", 5.0)
     release = threading.Timer(0.3, holder.close)
     release.start()
     assert store.check(store.uri()) is None

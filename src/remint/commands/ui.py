@@ -18,6 +18,7 @@ from remint.core import signals
 from remint.core.errors import RemintError, one_line
 from remint.core.process import end_with_parent
 from remint.runner import store
+from remint.runner.store_faults import Fault
 
 # Seconds that the server gets after SIGTERM, before SIGKILL.
 _GRACE_S = 5
@@ -56,7 +57,7 @@ def _check_store() -> None:
     """Raise RemintError if the store is broken, or is a server, which has its own pages."""
     address = store.uri()
     if address.startswith(("http://", "https://")) and not store.check(address):
-        fault = store.Fault(
+        fault = Fault(
             "this server shows its runs itself", "open that address in a browser, or unset MLFLOW_TRACKING_URI"
         )
         raise RemintError(store.line(fault, "run `remint ui` for the runs of this folder"))

@@ -7,7 +7,8 @@ import subprocess
 import sys
 
 from remint.core.errors import one_line
-from remint.runner import store
+from remint.runner import sqlite_store, store
+from remint.runner.store_faults import Fault
 
 _LIMIT_S = 300.0
 
@@ -18,13 +19,13 @@ def main() -> None:
         return
     address = store.uri()
     fault = store.check(address)
-    if fault is None or fault.what == store.IS_OLD:
+    if fault is None or fault.what == sqlite_store.IS_OLD:
         fault = _upgrade(address)
     if fault:
         print(f"warning: {store.line(fault, 'the next run logs to it')}", file=sys.stderr)
 
 
-def _upgrade(address: str) -> store.Fault | None:
+def _upgrade(address: str) -> Fault | None:
     """Let MLflow create or upgrade the database. Returns what failed, or None."""
     command = [sys.executable, "-m", "mlflow", "db", "upgrade", address]
     try:

@@ -18,6 +18,7 @@ from remint.core.paths import PARAMS, Paths
 from remint.runner import store
 from remint.runner.config import load_yaml
 from remint.runner.store import EXPERIMENT
+from remint.runner.store_faults import set_aside
 
 # MLflow accepts at most this many metrics in one request.
 _BATCH = 1000
@@ -104,7 +105,7 @@ def log_state(progress: Callable[[], None]) -> str:
     if store.is_own() and folder and store.ROOT not in folder.parents and not folder.is_dir():
         raise store.StoreError(
             f"its artifacts belong in {folder}, which does not exist: the database was made for another folder",
-            store.set_aside(store.ROOT / "mlflow.db"),
+            set_aside(store.ROOT / "mlflow.db"),
         )
     paths = vars(Paths())
     key = digest({name: file_digest(path / NAME) for name, path in sorted(paths.items()) if (path / NAME).is_file()})

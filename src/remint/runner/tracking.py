@@ -20,6 +20,7 @@ from remint.core.errors import RemintError, Stopped
 from remint.core.log import Log, silent
 from remint.core.paths import MADE_BY
 from remint.runner import recorded, store
+from remint.runner.store_faults import Fault
 
 _LIVE = ("train", "eval_chat")
 _COMMAND = (sys.executable, "-m", "remint.runner.recorder")
@@ -72,7 +73,7 @@ def _check_recorded() -> None:
         raise RemintError(*faults)
 
 
-def _synced() -> store.Fault | None:
+def _synced() -> Fault | None:
     """Let the recorder log the pipeline's state. Returns what is wrong with the store, or None."""
     with _Recorder({"stage": None}) as recorder:
         if fault := store.probe(store.uri()):  # while the recorder imports MLflow
@@ -86,7 +87,7 @@ def _synced() -> store.Fault | None:
             if "bug" in message:
                 raise RuntimeError(f"the recorder failed:\n{message['bug']}")
             if "fault" in message:
-                return store.Fault(*message["fault"])
+                return Fault(*message["fault"])
         return recorder.fault()
 
 
@@ -99,7 +100,7 @@ class _Sink:
         try:
             self._recorder = _Recorder(task)
         except OSError as error:  # no memory for another process, for example
-            self._warn(store.Fault(f"the process that logs to it cannot be started ({error.strerror})", "end others"))
+            self._warn(Fault(f"the process that logs to it cannot be started ({error.strerror})", "end others"))
 
     def log(self, metrics: Mapping[str, float], step: int = 0, again: bool = False) -> None:
         """Pass on the metrics of a step. Returns at once."""
@@ -126,12 +127,12 @@ class _Sink:
 
     def _note(self, message: Mapping[str, Any]) -> None:
         if "fault" in message:
-            self._warn(store.Fault(*message["fault"]))
+            self._warn(Fault(*message["fault"]))
 
-    def _warn(self, fault: store.Fault) -> None:
+    def _warn(self, fault: Fault) -> None:
         if not self._warned:
             self._warned = True
-            fault = store.Fault(f"{fault.what}, going on without it", fault.cure)
+            fault = Fault(f"{fault.what}, going on without it", fault.cure)
             print(f"warning: {store.line(fault, '`remint sync` logs the result')}", flush=True)
 
 
@@ -206,12 +207,12 @@ class _Recorder:
                 start = start or last
                 yield message
 
-    def fault(self) -> store.Fault:
+    def fault(self) -> Fault:
         """Why the process did not do its task, for a process that sent no fault."""
         if self._ended and (status := self._process.wait()):
-            return store.Fault(f"the process that logs to it ended with status {status}", "free memory")
+            return Fault(f"the process that logs to it ended with status {status}", "free memory")
         fault = store.describe_fault(store.uri(), TimeoutError())
-        return fault if self._ready else store.Fault("the process that logs to it hangs", "end other programs")
+        return fault if self._ready else Fault("the process that logs to it hangs", "end other programs")
 
     def _flush(self) -> None:
         with contextlib.suppress(BlockingIOError, BrokenPipeError):
