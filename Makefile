@@ -1,7 +1,7 @@
 # Bare `make` lists the targets. Each target first creates the environment if it does not exist.
 .DEFAULT_GOAL := help
 .PHONY: help setup repro chat ui recipes recipe status metrics plots experiments test test-quick test-image fuzz soak lint format lock sbom audit clean verify reproduce sign \
-	bench bench-throughput pictures image inside shell stop up down backup restore remote share fetch
+	bench bench-throughput bench-gpus pictures image inside shell stop up down backup restore remote share fetch
 
 SHELL := /bin/sh
 VENV := .venv
@@ -160,6 +160,10 @@ bench: $(DONE) ## compare training speed with other projects (STEPS=8, ROWS=…,
 
 bench-throughput: $(DONE) ## time everything except training on growing inputs (PARTS="merge hashing")
 	@$(BIN)/python benchmarks/throughput.py $(if $(PARTS),--parts $(PARTS),--plot docs/throughput.svg)
+
+bench-gpus: $(DONE) ## train with 1, 2, 4 and 8 GPUs: the same bytes, how many times the speed (SHAPES=…, PROCESSES="1 2", PARTS=…)
+	@$(BIN)/python benchmarks/gpus.py $(if $(SHAPES),--shapes $(SHAPES)) $(if $(PROCESSES),--processes $(PROCESSES)) \
+		$(if $(PARTS),--parts $(PARTS))
 
 pictures: $(DONE) ## draw the README's pictures from data/ and MLflow's store (needs chromium)
 	@$(BIN)/python docs/pictures.py

@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -127,9 +127,6 @@ def prepare(params: str, layers: int) -> None:
 
 def write_base(folder: Path, config: dict[str, Any]) -> None:
     """Write random weights, config and SentencePiece model like the publisher's folder."""
-    import torch
-
-    from remint.weights import shards
     from tests.conftest import write_sentencepiece
 
     folder.mkdir()
@@ -152,6 +149,15 @@ def write_base(folder: Path, config: dict[str, Any]) -> None:
             f"{layer}ffn_norm.weight": (wide,),
         }
     shapes |= {"model.norm.weight": (wide,), "output.weight": (config["vocab_size"], wide)}
+    write_weights(folder, shapes)
+
+
+def write_weights(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Write random bfloat16 weights of these names and shapes. A GPU, if there is one, draws the numbers faster."""
+    import torch
+
+    from remint.weights import shards
+
     where = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(where).manual_seed(0)
     writer = shards.Writer(folder, 2000 * 2**20)
