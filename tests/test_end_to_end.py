@@ -197,6 +197,8 @@ def test_two_queued_experiments_share_a_training(built):
     names = ("shared-5", "shared-6")
     wait_for(lambda: not {"Queued", "Running"} & set(built.run("dvc", "queue", "status").split()), seconds=600, pause=2)
     logs = [built.run("dvc", "queue", "logs", name) for name in names]
+    done = built.run("dvc", "queue", "status")
+    assert all(f"{name} " in done and "Failed" not in done for name in names), (done, logs)
     locks = [yaml.safe_load(built.run("git", "show", f"{name}:dvc.lock"))["stages"]["train"] for name in names]
     assert locks[0] == locks[1]
     # The second one waits for the first, unless the first had ended: then DVC takes its result.
