@@ -161,9 +161,9 @@ bench: $(DONE) ## compare training speed with other projects (STEPS=8, ROWS=…,
 bench-throughput: $(DONE) ## time everything except training on growing inputs (PARTS="merge hashing")
 	@$(BIN)/python benchmarks/throughput.py $(if $(PARTS),--parts $(PARTS),--plot docs/throughput.svg)
 
-bench-gpus: $(DONE) ## train with 1, 2, 4 and 8 GPUs: the same bytes, how many times the speed (SHAPES=…, PROCESSES="1 2", PARTS=…)
+bench-gpus: $(DONE) ## train with 1, 2, 4 and 8 GPUs: the same bytes, how many times the speed (SHAPES=…, PROCESSES="1 2", PARTS=…, STEPS=…)
 	@$(BIN)/python benchmarks/gpus.py $(if $(SHAPES),--shapes $(SHAPES)) $(if $(PROCESSES),--processes $(PROCESSES)) \
-		$(if $(PARTS),--parts $(PARTS))
+		$(if $(PARTS),--parts $(PARTS)) $(if $(STEPS),--steps $(STEPS))
 
 pictures: $(DONE) ## draw the README's pictures from data/ and MLflow's store (needs chromium)
 	@$(BIN)/python docs/pictures.py
