@@ -38,22 +38,22 @@ def faults(table):
     ]
 
 
-def serve(table, each, template, folder, results):
-    """In a process of the bench: run each n-th fault of a table."""
+def serve(table, template, folder, results):
+    """In a process of the bench: run the faults of a table."""
     if table == "BUILT":
         import_all()
-    bench.run_all(faults(table)[::each], template, folder, results)
+    bench.run_all(faults(table), template, folder, results)
 
 
-def check(context, table, each, template, tmp_path):
-    """Run each n-th fault of a table in a new process. Fails with all complaints."""
+def check(context, table, template, tmp_path):
+    """Run the faults of a table in a new process. Fails with all complaints."""
     results = tmp_path / "results.json"
-    process = context.Process(target=serve, args=(table, each, template, tmp_path / "places", results))
+    process = context.Process(target=serve, args=(table, template, tmp_path / "places", results))
     process.start()
     process.join()
     assert process.exitcode == 0
     count, found = json.loads(results.read_text(encoding="utf-8"))
-    assert count == len(faults(table)[::each])
+    assert count == len(faults(table))
     assert not found, told(count, found)
 
 
@@ -63,14 +63,14 @@ def test_each_row_has_an_entry_and_each_entry_a_row():
     assert all(fault.says or fault.statuses == (0,) for table in ("PLAIN", "BUILT") for fault in faults(table))
 
 
-@pytest.mark.parametrize("each", [15, pytest.param(1, marks=pytest.mark.slow)])
-def test_the_faults_of_a_new_clone_say_what_the_rows_say(light, plain, tmp_path, each):
-    check(light, "PLAIN", each, plain, tmp_path)
+@pytest.mark.slow
+def test_the_faults_of_a_new_clone_say_what_the_rows_say(light, plain, tmp_path):
+    check(light, "PLAIN", plain, tmp_path)
 
 
 @pytest.mark.slow
 def test_the_faults_of_a_built_pipeline_say_what_the_rows_say(light, built, tmp_path):
-    check(light, "BUILT", 1, built, tmp_path)
+    check(light, "BUILT", built, tmp_path)
 
 
 def reached(tree, name):

@@ -245,7 +245,7 @@ def write_adapters():
 def place(whole, tmp_path, monkeypatch):
     """A copy of the whole working directory, to be damaged."""
     root = tmp_path / "place"
-    shutil.copytree(whole, root, symlinks=True)
+    shutil.copytree(whole, root, symlinks=True, copy_function=os.link)  # a test replaces files, it edits none
     monkeypatch.chdir(root)
     return root
 

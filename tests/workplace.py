@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from importlib import import_module
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import get_type_hints
 
@@ -60,6 +61,8 @@ def imported(*modules, threads):
     yield context
     os.environ.clear()
     os.environ |= kept
+    # There is one server for all contexts of this process. The next context needs one with its own modules.
+    forkserver._forkserver._stop()
 
 
 class Workplace:

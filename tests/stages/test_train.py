@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from remint.compute.packing import document
-from remint.core import manifest
+from remint.core import lock, manifest
 from remint.core.draft import artefact
 from remint.core.errors import ArtefactError, RemintError, SettingsError, Stopped
 from remint.core.log import silent
@@ -560,12 +560,14 @@ def test_it_makes_no_folder_but_its_own(paths, monkeypatch):
     assert not [path for path in made if not Path(path).resolve().is_relative_to(Path.cwd())]
 
 
-def test_a_second_writer_is_refused(paths):
+def test_a_second_writer_is_refused(paths, monkeypatch):
     import fcntl
+
+    monkeypatch.setattr(lock, "_UNNAMED_S", 0.2)
 
     folder = Path(".scratch/train") / DECLARED.fingerprint
     folder.mkdir(parents=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(ArtefactError, match="another process"):
             train(paths)
