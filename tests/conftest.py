@@ -5,6 +5,7 @@ import functools
 import gc
 import json
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -262,6 +263,40 @@ def toy_clone(tmp_path_factory):
     from tests import toy
 
     return toy.built(tmp_path_factory.mktemp("toy") / "clone")
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory):
+    """The files that the commands without torch read, as in a new clone."""
+    place = tmp_path_factory.mktemp("plain") / "template"
+    shutil.copytree(ROOT / "conf", place / "conf")
+    shutil.copytree(ROOT / "data/source", place / "data/source")
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy(ROOT / name, place / name)
+    for name in ("src", "docker"):
+        (place / name).symlink_to(ROOT / name)
+    (place / ".git").mkdir()  # without it, `remint check` looks at nothing else
+    return place
+
+
+@pytest.fixture(scope="session")
+def heavy():
+    """Returns a function that calls another one in a fork of a process that has imported everything, and waits."""
+    from tests.faults import built
+
+    with built.server() as run:
+        yield run
+
+
+@pytest.fixture(scope="session")
+def built_template(heavy, plain, tmp_path_factory):
+    """The files of `plain` with the tiny model as the base, and every artefact."""
+    from tests.faults import built
+
+    place = tmp_path_factory.mktemp("built") / "template"
+    built.build(plain, place)
+    heavy(built.run_stages, place)
+    return place
 
 
 @pytest.fixture

@@ -178,15 +178,15 @@ def test_the_ways_to_change_a_setting_agree(built):
     built.run("docker/run", "python", "-m", "remint", "train", "train.lr=1e-3")
     assert built.bytes("checkpoint") == by_dvc
     built.run("dvc", "checkout", "--force")
-    built.run("dvc", "exp", "run", "--queue", "-S", "train.lr=1e-3,2e-3,4e-3,5e-3")
+    built.run("dvc", "exp", "run", "--queue", "-S", "train.lr=1e-3,2e-3")
     built.run("dvc", "queue", "start")
     deadline = time.monotonic() + 600
     while "Queued" in (status := built.run("dvc", "queue", "status")) or "Running" in status:
         assert time.monotonic() < deadline, status
         time.sleep(3)
-    assert status.count("Success") == 4, status + built.run("dvc", "queue", "logs", status.split()[7])
+    assert status.count("Success") == 2, status + built.run("dvc", "queue", "logs", status.split()[7])
     table = built.run("dvc", "exp", "show", "--csv", "--only-changed")
-    assert all(rate in table for rate in ("0.001", "0.002", "0.004", "0.005"))
+    assert all(rate in table for rate in ("0.001", "0.002"))
 
 
 def test_two_queued_experiments_share_a_training(built):
@@ -199,7 +199,9 @@ def test_two_queued_experiments_share_a_training(built):
     logs = [built.run("dvc", "queue", "logs", name) for name in names]
     done = built.run("dvc", "queue", "status")
     assert all(f"{name} " in done and "Failed" not in done for name in names), (done, logs)
-    locks = [yaml.safe_load(built.run("git", "show", f"{name}:dvc.lock"))["stages"]["train"] for name in names]
+    refs = built.run("git", "for-each-ref", "--format=%(refname)", "refs/exps").split()
+    commits = [next(ref for ref in refs if ref.endswith(f"/{name}")) for name in names]
+    locks = [yaml.safe_load(built.run("git", "show", f"{commit}:dvc.lock"))["stages"]["train"] for commit in commits]
     assert locks[0] == locks[1]
     # The second one waits for the first, unless the first had ended: then DVC takes its result.
     assert any("which is training this very run" in log or "Stage 'train' is cached" in log for log in logs), logs
@@ -435,7 +437,9 @@ TUTORIAL = {
 
 def test_the_tutorials_recipe_runs_on_a_checkpoint_of_that_shape(tmp_path):
     place = clone(tmp_path / "tutorial", "internlm2-tutorial", TUTORIAL)
-    base = write_tiny_model(place.root / "internlm2-chat-1_8b", ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"])
+    # A token for the space is the last one, because its byte cannot say it.
+    tokens = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "▁"]
+    base = write_tiny_model(place.root / "internlm2-chat-1_8b", tokens)
     to_internlm2(base)
     (base / "tokenizer.json").unlink()
     write_sentencepiece(base, ["▁"], ["<|im_start|>", "<|im_end|>"])

@@ -14,7 +14,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.faults import bench, rows
-from tests.test_generated_faults import built, import_all, light, plain, told  # noqa: F401
+from tests.test_generated_faults import light, told  # noqa: F401
 
 # How a test starts a command: as a process, through a workplace, in a fork of the bench, or by its arguments.
 STARTS = re.compile(
@@ -40,18 +40,13 @@ def faults(table):
 
 def serve(table, template, folder, results):
     """In a process of the bench: run the faults of a table."""
-    if table == "BUILT":
-        import_all()
     bench.run_all(faults(table), template, folder, results)
 
 
-def check(context, table, template, tmp_path):
-    """Run the faults of a table in a new process. Fails with all complaints."""
+def check(run, table, template, tmp_path):
+    """Let `run` run the faults of a table in another process. Fails with all complaints."""
     results = tmp_path / "results.json"
-    process = context.Process(target=serve, args=(table, template, tmp_path / "places", results))
-    process.start()
-    process.join()
-    assert process.exitcode == 0
+    run(serve, table, template, tmp_path / "places", results)
     count, found = json.loads(results.read_text(encoding="utf-8"))
     assert count == len(faults(table))
     assert not found, told(count, found)
@@ -69,8 +64,8 @@ def test_the_faults_of_a_new_clone_say_what_the_rows_say(light, plain, tmp_path)
 
 
 @pytest.mark.slow
-def test_the_faults_of_a_built_pipeline_say_what_the_rows_say(light, built, tmp_path):
-    check(light, "BUILT", built, tmp_path)
+def test_the_faults_of_a_built_pipeline_say_what_the_rows_say(heavy, built_template, tmp_path):
+    check(heavy, "BUILT", built_template, tmp_path)
 
 
 def reached(tree, name):

@@ -48,7 +48,7 @@ def stage_process(root, stage, log):
 
 @pytest.fixture(scope="module")
 def server():
-    with imported(*PRELOADED, threads=2) as context:
+    with imported(*PRELOADED, threads=1) as context:
         # The first process waits for the imports. No test may count that as the time of a stage.
         first = context.Process(target=int)
         first.start()

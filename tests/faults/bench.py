@@ -63,7 +63,10 @@ def run_all(faults: list[Fault], template: Path, folder: Path, results: Path) ->
         place = folder / f"{number:04}"
         copy(template, place)
         fault.change(place)
+        started = time.monotonic()
         status, said = (_as_command if fault.real else in_fork)(fault, place)
+        if os.environ.get("BENCH_TIMES"):
+            print(f"{time.monotonic() - started:.1f} s {fault.name}", flush=True)
         if complaint := complain(fault, status, said) or _left(fault, place, template):
             complaints.append([fault.name, complaint])
             print(f"{fault.name}: {complaint}", flush=True)

@@ -417,9 +417,9 @@ BUILT = {
     "a checkpoint was made under other conditions (another thread count, for example)": [
         fault(
             TRAIN,
-            "threads was 2, is 1; resume under the old conditions",
+            "threads was 1, is 2; resume under the old conditions",
             change=interrupted,
-            within=patched("torch", get_num_threads=lambda: 1),
+            within=patched("torch", get_num_threads=lambda: 2),
             after=kept_steps,
         )
     ],
