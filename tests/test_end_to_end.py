@@ -273,6 +273,11 @@ assert difference < 0.2
 
 
 def test_the_pipeline_state_is_one_run_and_its_model_the_champion(built):
+    figures = built.root / "data/report/metrics.json"
+    whole = figures.read_bytes()
+    figures.write_bytes(whole + b"\n")
+    assert "metrics.json: content differs" in built.run("docker/run", "python", "-m", "remint", "sync", status=1)
+    figures.write_bytes(whole)
     assert "logged" in built.run("docker/run", "python", "-m", "remint", "sync")
     assert "already has this state" in built.run("docker/run", "python", "-m", "remint", "sync")
     code = (

@@ -113,6 +113,25 @@ def test_a_single_stage_is_refused_by_the_name_of_the_file(toy, stage):
         assert own_files(toy.root) == before
 
 
+def test_a_stage_that_would_refuse_costs_no_artefact(toy):
+    whole = own_files(toy.root)
+    for own, said in (
+        ("data/.dataset.draft/mine.txt", "data/.dataset.draft: must be absent, got what no stage wrote"),
+        ("data/checkpoint/mine.txt", "data/checkpoint: holds what no stage wrote"),
+    ):
+        (toy.root / own).parent.mkdir(exist_ok=True)
+        (toy.root / own).write_text("mine")
+        assert said in toy.run("dvc", "repro", "--force", "--single-item", "replicate_data", status=255)
+        (toy.root / own).unlink()
+        assert own_files(toy.root) == whole
+
+
+def test_figures_that_were_changed_are_not_shown(toy):
+    with (toy.root / "data/report/metrics.json").open("a") as file:
+        file.write(" ")
+    assert "data/report/metrics.json: content differs" in toy.run("remint", "summary", status=1)
+
+
 def test_what_appears_while_another_stage_runs_is_kept(toy):
     toy.edit("seed: 42", "seed: 43")
     (toy.root / ".scratch/hold-inside").touch()

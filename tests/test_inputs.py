@@ -227,8 +227,8 @@ def write_artefacts():
     with artefact(MODEL, "model") as (draft, facts):
         provenance.write(draft, {"source": source, "source_files": {}}, {"identity": identity, "sources": {}}, {})
         facts["origin"] = {"identity": identity, "base_name": "tiny"}
-    Path("data/report").mkdir()
-    Path("data/report/metrics.json").write_text('{"merged": {}}')
+    with artefact(Path("data/report"), "report") as (draft, _):
+        (draft / "metrics.json").write_text('{"merged": {}}')
 
 
 def write_adapters():

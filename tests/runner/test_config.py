@@ -209,7 +209,7 @@ def test_a_damaged_params_yaml_is_refused(stage, old, new, said, workplace):
         ),
         ("name:", "maker: M", "identity.name: must be text, got None; change it in"),
         ("name: 007", "maker: M", "identity.name: must be text, got 7; put it in quotes in"),
-        ("name: N", "maker: yes", "identity.maker: must be text, got True; put it in quotes in"),
+        ("name: N", "maker: true", "identity.maker: must be text, got True; put it in quotes in"),
         ("name: N", "", "identity.maker: is missing; add it in"),
     ],
 )
@@ -346,7 +346,7 @@ def test_a_dangerous_setting_is_refused(stage, override, said, workplace):
     [
         ("stages: {x: {deps: [], params: []}, x: {}}", "dvc.yaml: is not valid YAML: .* found duplicate key x"),
         ("stages: []", "dvc.yaml: stages: must be a mapping of names to stages"),
-        ("stages: {x: {deps: []}}", "dvc.yaml: stages.x: must have a list 'params'"),
+        ("stages: {merge: {deps: []}}", "dvc.yaml: stages.merge: must have a list 'params'"),
         ("stages: {x: 7}", "dvc.yaml: stages.x: must have a list 'deps', got 7"),
     ],
 )
@@ -364,6 +364,39 @@ def test_a_damaged_dvc_yaml_is_refused_before_anything_runs(text, said, command,
 def test_the_composed_settings_are_shown_also_to_hydras_own_words(in_root, capsys, words):
     assert call(["train", *words, "train.lr=1e-3"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["train"]["lr"] == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        (
+            "seed: 42 ",
+            "seed: 052 ",
+            "params.yaml: seed: is 42 here and 52 for DVC; write a number without leading zeros",
+        ),
+        ("seed: 42 ", "seed: 1:30 ", "params.yaml: seed: is 90 here and '1:30' for DVC"),
+        ("  packing: true ", "  packing: yes ", "params.yaml: train.packing: is True here and 'yes' for DVC"),
+    ],
+)
+def test_a_value_that_dvc_reads_otherwise_is_refused(workplace, old, new, said):
+    text = (workplace / "params.yaml").read_text()
+    assert old in text
+    (workplace / "params.yaml").unlink()
+    (workplace / "params.yaml").write_text(text.replace(old, new))
+    with pytest.raises(SettingsError) as told:
+        call(["check"])
+    (fault,) = told.value.faults
+    assert fault.startswith(said)
+
+
+def test_a_stage_of_the_users_own_needs_neither_deps_nor_params(workplace, capsys):
+    text = (workplace / "dvc.yaml").read_text()
+    (workplace / "dvc.yaml").unlink()
+    (workplace / "dvc.yaml").write_text(
+        text.replace("stages:\n", "stages:\n  own:\n    cmd: echo hi > x.txt\n    outs: [x.txt]\n", 1)
+    )
+    call(["check"])
+    assert capsys.readouterr().out == "params.yaml: all settings are valid\n"
 
 
 def test_a_dvc_without_guards_is_noticed_first(monkeypatch):

@@ -13,6 +13,7 @@ def main() -> None:
     paths = Paths()
     facts = manifest.read(paths.model, "model")
     metrics = read_object(paths.report / "metrics.json")
+    manifest.verify(paths.report, "report")
     identity, merged = facts["origin"]["identity"], metrics["merged"]
     print(f"\n{facts['origin']['base_name']} is now {identity['name']} by {identity['maker']}: {paths.model}")
     print("On the held-out questions, which training has not seen:\n")

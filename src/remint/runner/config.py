@@ -21,14 +21,17 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from ruamel.yaml import YAML  # DVC's own reader
 
-from remint.core.errors import SettingsError, got, one_line
+from remint.core.errors import SettingsError, brief, got, one_line
 from remint.core.files import check_folder, is_encodable, read_text
 from remint.core.paths import CONF, PARAMS, Paths
 from remint.runner.typed import alternatives, build, wrong_types
 
 # The sections whose values are in a file of conf/<section>/, which params.yaml names.
 _GROUPS = ("model", "identity")
+# What DVC itself reads and writes: nothing in these is a setting.
+_OF_DVC = ("dvc.yaml", "dvc.lock")
 _MAX_YAML_BYTES, _MAX_YAML_DEPTH = 2**20, 20
 
 
@@ -56,7 +59,38 @@ def parse_yaml(text: str, path: Path) -> dict[str, Any]:
         raise SettingsError(f"{path}: must be a mapping of sections, {got(content)}; `git checkout {path}` restores it")
     if faults := [f"{path}: {fault}; write the name as plain text" for fault in _key_faults(content)]:
         raise SettingsError(*faults)
+    if path.name not in _OF_DVC:
+        _check_one_reading(text, content, path)
     return dict(content)
+
+
+def _check_one_reading(text: str, content: dict[Any, Any], path: Path) -> None:
+    """Refuse values that DVC reads otherwise: it would record another value than the one that a stage used.
+
+    OmegaConf reads YAML 1.1, in which 010 is 8 and `yes` is true. DVC reads YAML 1.2, in which they are 10 and a text.
+    """
+    try:
+        by_dvc = YAML(typ="safe").load(text) or {}
+    except Exception as error:
+        raise SettingsError(f"{path}: DVC cannot read it: {one_line(error)}; correct that line") from None
+    if faults := [
+        f"{path}: {name}: is {brief(value)} here and {brief(other)} for DVC; write a number without leading zeros, true or "
+        "false, or put a text in quotes"
+        for name, value, other in _two_readings(content, by_dvc)
+    ]:
+        raise SettingsError(*faults)
+
+
+def _two_readings(value: object, other: object, where: str = "") -> Iterator[tuple[str, object, object]]:
+    """The names of the values that differ, each with both."""
+    if isinstance(value, dict) and isinstance(other, dict) and value.keys() == other.keys():
+        for key, inner in value.items():
+            yield from _two_readings(inner, other[key], f"{where}.{key}".lstrip("."))
+    elif isinstance(value, list) and isinstance(other, list) and len(value) == len(other):
+        for index, inner in enumerate(value):
+            yield from _two_readings(inner, other[index], f"{where}[{index}]")
+    elif type(value) is not type(other) or (value != other and value == value):  # NaN differs from itself
+        yield where, value, other
 
 
 def compose(sections: Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from remint.core.declared import AGAIN
-from remint.core.draft import check_place
-from remint.core.errors import RemintError
+from remint.core.draft import LOCK, check_place, hidden
+from remint.core.errors import ArtefactError, RemintError
 from remint.core.paths import ARTEFACTS, MADE_BY, Paths
 from remint.core.process import end_with_parent
 
@@ -40,7 +40,9 @@ def guard_stage(module: Any) -> None:
 
     @wraps(remove_outs)
     def judged(self: Any, *arguments: Any, **options: Any) -> None:
-        _check_places(_places_of(self))
+        if _kinds_of(self):  # what the stage itself would refuse after this removal
+            root = Path(self.repo.root_dir)
+            _check_places(_places_of(self) | {(root / place, kind) for place, kind in _FIXED})
         remove_outs(self, *arguments, **options)
 
     @wraps(save_outs)
@@ -99,7 +101,10 @@ def guard_apply(module: Any) -> None:
             raise _refusal(
                 f"{', '.join(names)}: changed and not committed, and the change would be lost; commit it first"
             )
+        edited = any(line[3:] == "params.yaml" for line in changed)
         apply(repo, *arguments, **options)
+        if edited:  # as after `dvc exp run`, so it is no reason to refuse
+            print("params.yaml as it was: git show refs/exps/apply/stash:params.yaml", file=sys.stderr)
 
     module._apply = judged
 
@@ -181,8 +186,17 @@ def _check_places(places: Iterable[tuple[Path, str]]) -> None:
         shown = Path(os.path.relpath(place))
         try:
             check_place(shown, kind)
+            check_draft(shown)
         except RemintError as error:
             raise _refusal(str(error)) from None
+
+
+def check_draft(place: Path) -> None:
+    """Refuse a draft folder beside a place that no stage made: the stage would refuse it after DVC's removal."""
+    folder = hidden(place)
+    filled = folder.is_dir() and any(folder.iterdir())
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()) or (filled and not (folder / LOCK).exists()):
+        raise ArtefactError(f"{folder}: must be absent, got what no stage wrote; move it away, a stage writes here")
 
 
 def _run(*arguments: str, cwd: str) -> None:

@@ -12,7 +12,7 @@ from remint.core.declared import Declared
 from remint.core.errors import RemintError, SettingsError, got
 from remint.core.files import check_file
 from remint.core.manifest import NAME, file_digest
-from remint.core.paths import PIPELINE, Paths
+from remint.core.paths import MADE_BY, PIPELINE, Paths
 from remint.runner.config import compose_raw, load_yaml, place_of
 
 # What tells that a file may have changed, without reading it: size in bytes, time of the last change, inode.
@@ -122,9 +122,14 @@ def _stat(file: Path) -> _Stat:
 
 
 def check_syntax() -> None:
-    """Raise SettingsError unless dvc.yaml has lists of dependencies and settings for each of its stages."""
+    """Raise SettingsError unless dvc.yaml has lists of dependencies and settings for each stage of this project.
+
+    A stage that the user added may have neither.
+    """
     pipeline = _pipeline()
-    for stage in pipeline:
+    for stage, content in pipeline.items():
+        if stage not in MADE_BY and isinstance(content, dict):
+            continue
         _part(stage, "deps", pipeline)
         _part(stage, "params", pipeline)
 

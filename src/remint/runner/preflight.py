@@ -56,7 +56,7 @@ def check_pipeline() -> dict[str, Any]:
         except RemintError as error:
             faults += error.faults
     if faults:
-        raise SettingsError(*faults)
+        raise SettingsError(*dict.fromkeys(faults))  # one that stops every check comes from each of them
     return found
 
 

@@ -115,7 +115,7 @@ def _opened(path: Path) -> sqlite3.Connection:
 
 def is_damaged(path: Path, text: str) -> bool:
     """Whether the error text or SQLite's own check says that the database is damaged."""
-    if re.search(r"malformed|not a database", text):
+    if re.search(r"malformed|not a database|no such (table|column)", text):
         return True
     deadline = time.monotonic() + _SEARCH_S
     try:

@@ -62,11 +62,16 @@ def sync() -> None:
 
 
 def _check_recorded() -> None:
-    """Refuse a state whose artefacts were made with other settings than params.yaml has: the row would mix both."""
+    """Refuse a state whose artefacts were made with other settings than params.yaml has: the row would mix both.
+
+    The figures come from two artefacts, whose files are verified. A damaged report must not become a row.
+    """
     faults: list[str] = []
     for stage in MADE_BY:
         try:
             recorded.check(stage)
+            if stage in _LIVE:
+                recorded.verify(stage)
         except RemintError as error:
             faults += error.faults
     if faults:
