@@ -193,6 +193,12 @@ PLAIN = {
         setting("check", "is nested too deeply", change=put("params.yaml", "a: " + "[" * 10_000)),
         setting("check", "is not valid YAML", change=put("params.yaml", "a: !!python/object/apply:os.system [x]\n")),
     ],
+    "DVC reads a value otherwise than the stages, such as `010` or `yes`": [
+        setting(
+            "check", "seed: is 8 here and 10 for DVC", change=replaced("params.yaml", "\nseed: 42 ", "\nseed: 010 ")
+        ),
+        setting("train", "packing: is True here", change=replaced("params.yaml", "packing: true ", "packing: yes ")),
+    ],
     "a file or a link of your own is where a stage writes": [
         data(as_link("data/dataset", "elsewhere"), "must be a folder or absent, got a symbolic link"),
         data(put("data/dataset", "mine"), "must be a folder or absent, got a file"),
