@@ -18,7 +18,7 @@ LIGHT = [
 
 
 def serve(kind, names, template, folder, results):
-    """In a process of the bench: run the faults of one kind, or those whose names are given."""
+    """In a process of the bench: run `remint` with each fault of one kind, or with those whose names are given."""
     faults = [fault for fault in cases.every(kind) if names is None or fault.name in names]
     bench.run_all(faults, template, folder, results)
 
