@@ -67,7 +67,11 @@ def main() -> int:
     except KeyboardInterrupt as error:
         with contextlib.suppress(OSError):  # the terminal may be closed
             print(str(error) or "interrupted", file=sys.stderr, flush=True)
-        return 128 + (error.number if isinstance(error, signals.Terminated) else signal.SIGINT)
+        if isinstance(error, signals.Terminated):
+            return 128 + error.number
+        # A library may have raised its own exception in place of ours.
+        ended = [number for number in listening if signal.getsignal(number) is signal.SIG_DFL]
+        return 128 + (ended[0] if ended and not one_of_several else signal.SIGINT)
 
 
 def _dispatch(arguments: Sequence[str]) -> int:
