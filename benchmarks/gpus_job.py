@@ -290,7 +290,7 @@ class Running:
         return next((seconds for seconds, line in list(self.lines) if text in line), None)
 
     def continued(self) -> int:
-        """The step after which it continued; 0 if it began anew."""
+        """The step after which it continued; 0 if it started at step 0."""
         found = (_CONTINUED.search(line) for _, line in list(self.lines))
         return next((int(match[1]) for match in found if match), 0)
 

@@ -38,7 +38,8 @@ def main() -> int:
     arguments = sys.argv[1:]
     parent = process.known_parent()
     listening = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
-    one_of_several = "LOCAL_RANK" in os.environ  # asked now, because training removes the variable
+    if "LOCAL_RANK" in os.environ:  # asked now, because training removes the variable
+        listening = []  # one of several processes never has a handler of ours
     signals.raise_on_termination()
     try:
         if os.environ.get("DVC_STAGE"):
@@ -50,10 +51,8 @@ def main() -> int:
         print(error, file=sys.stderr)
         return error.status
     except RemintError as error:
-        # The handler is gone after the first signal. A library may have turned its exception into another one.
-        ended = [number for number in listening if signal.getsignal(number) is signal.SIG_DFL]
-        if ended and not one_of_several:  # these have no handler of ours to begin with
-            return 128 + ended[0]
+        if number := _received(listening):
+            return 128 + number
         print(f"error: {error}", file=sys.stderr)
         return 1
     except Exception as error:
@@ -69,9 +68,15 @@ def main() -> int:
             print(str(error) or "interrupted", file=sys.stderr, flush=True)
         if isinstance(error, signals.Terminated):
             return 128 + error.number
-        # A library may have raised its own exception in place of ours.
-        ended = [number for number in listening if signal.getsignal(number) is signal.SIG_DFL]
-        return 128 + (ended[0] if ended and not one_of_several else signal.SIGINT)
+        return 128 + (_received(listening) or signal.SIGINT)
+
+
+def _received(listening: Sequence[int]) -> int:
+    """The signal that arrived, of those that were listened to; 0 if none did.
+
+    The handler is gone after the first signal. A library may have turned its exception into another one.
+    """
+    return next((number for number in listening if signal.getsignal(number) is signal.SIG_DFL), 0)
 
 
 def _dispatch(arguments: Sequence[str]) -> int:

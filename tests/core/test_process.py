@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 CHILD = """
 import sys, time
 if sys.stdin.readline() != "look\\n":
-    sys.exit("nobody asked")
+    sys.exit("no input")
 from remint.core import process
 process.end_with_parent(process.known_parent())
 print("lives", flush=True)

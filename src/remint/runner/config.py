@@ -30,8 +30,6 @@ from remint.runner.typed import alternatives, build, wrong_types
 
 # The sections whose values are in a file of conf/<section>/, which params.yaml names.
 _GROUPS = ("model", "identity")
-# What DVC itself reads and writes: nothing in these is a setting.
-_OF_DVC = ("dvc.yaml", "dvc.lock")
 _MAX_YAML_BYTES, _MAX_YAML_DEPTH = 2**20, 20
 
 
@@ -59,7 +57,7 @@ def parse_yaml(text: str, path: Path) -> dict[str, Any]:
         raise SettingsError(f"{path}: must be a mapping of sections, {got(content)}; `git checkout {path}` restores it")
     if faults := [f"{path}: {fault}; write the name as plain text" for fault in _key_faults(content)]:
         raise SettingsError(*faults)
-    if path.name not in _OF_DVC:
+    if path.name == PARAMS.name or CONF.name in path.parts:  # not dvc.lock or the run cache, which DVC writes
         _check_one_reading(text, content, path)
     return dict(content)
 
