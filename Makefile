@@ -136,12 +136,12 @@ fetch: $(DONE) ## pull everything from the remote, so that nothing is trained ag
 	@$(TRANSPORTS)
 	@$(BIN)/dvc pull --run-cache
 
-test: $(DONE) ## the quick suite, then the pipeline end to end on a tiny real model
-	$(BIN)/python -m pytest -q -m "not slow and not engine and not soak"
-	@bash tests/slow.sh $(BIN)/python
+test: test-quick ## the quick suite, then the pipeline end to end on a tiny real model
+	@bash tests/halves.sh $(BIN)/python slow tests/test_end_to_end.py tests/test_kills.py
 
 test-quick: $(DONE) ## only the quick suite
-	$(BIN)/python -m pytest -q -m "not slow and not engine and not soak"
+	@bash tests/halves.sh $(BIN)/python "not slow and not engine and not soak" \
+		tests/runner tests/test_inputs.py tests/test_pipeline.py tests/test_bench_gpus.py
 
 test-image: $(DONE) ## the same pipeline in the image, and the servers (after `make image`)
 	$(BIN)/python -m pytest -q -m engine

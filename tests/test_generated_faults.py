@@ -52,7 +52,7 @@ def light():
 
 
 # Which part of the faults the slow tests run. `make fuzz` runs them all.
-PART = 1 if os.environ.get("FUZZ_EXAMPLES") else 6
+PART = 1 if os.environ.get("FUZZ_EXAMPLES") else 3
 
 
 def names_of(kind):
@@ -63,16 +63,7 @@ def names_of(kind):
 def test_there_are_enough():
     kinds = [*cases.LIGHT, *cases.HEAVY, "commands"]
     assert sum(len(cases.every(kind)) for kind in kinds) >= 1000
-    assert sum(len(names_of(kind)) for kind in kinds) >= 150
-
-
-@pytest.mark.parametrize("kind", cases.LIGHT)
-def test_a_sample_of_faults_is_reported_in_one_form(light, plain, tmp_path, kind):
-    faults = cases.every(kind)
-    names = [fault.name for fault in faults[:: max(1, len(faults) // 4)]]
-    count, found = complaints(light, kind, names, plain, tmp_path)
-    assert count >= 4
-    assert not found, told(count, found)
+    assert sum(len(names_of(kind)) for kind in kinds) >= 300
 
 
 @pytest.mark.slow
