@@ -78,6 +78,8 @@ def built(root: Path) -> Workplace:
     made.run("git", "commit", "-q", "-a", "-m", "remote")
     for kind in MADE_BY.values():
         shutil.copytree(made.root / "data" / kind, _kept(made) / kind)
+    for place in _run_caches(made):
+        shutil.copytree(place, _kept(made) / place.parent.name)
     return made
 
 
@@ -95,8 +97,16 @@ def restore(made: Workplace) -> None:
         os.utime(path, (0, 0))  # make would set up the environment again for a newer one
     for kind in MADE_BY.values():  # DVC would need seconds for it
         shutil.copytree(_kept(made) / kind, made.root / "data" / kind)
+    for place in _run_caches(made):
+        shutil.rmtree(place)
+        shutil.copytree(_kept(made) / place.parent.name, place)
+
+
+def _run_caches(made: Workplace) -> tuple[Path, Path]:
+    """The run cache, and the remote's."""
+    return made.root / ".dvc/cache/runs", made.root.parent / "remote/runs"
 
 
 def _kept(made: Workplace) -> Path:
-    """A copy of the artefacts outside of the project."""
+    """A copy of the artefacts and of the run caches outside of the project."""
     return made.root.parent / "kept"

@@ -29,6 +29,8 @@ signal.signal(signal.SIGINT, _on_interrupt)
 
 # Raised for invalid arguments. Typer exports only its subclass.
 _UsageError: Any = typer.BadParameter.__base__
+# What Typer returns if a signal's exception reaches it while it reads the arguments. A command runs outside of it.
+_INTERRUPTED = 130
 # These only run other programs or copy a file. Their child processes must not inherit our numeric environment.
 _KEEP_ENVIRONMENT = ("recipes", "recipe", "reproduce")
 
@@ -36,12 +38,12 @@ _KEEP_ENVIRONMENT = ("recipes", "recipe", "reproduce")
 def main() -> int:
     """Run one command. Returns the exit status. A user's mistake is one line on stderr, without a traceback."""
     arguments = sys.argv[1:]
-    parent = process.known_parent()
     listening = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
     if "LOCAL_RANK" in os.environ:  # asked now, because training removes the variable
         listening = []  # one of several processes never has a handler of ours
-    signals.raise_on_termination()
     try:
+        parent = process.known_parent()
+        signals.raise_on_termination()
         if os.environ.get("DVC_STAGE"):
             process.end_with_parent(parent)  # now: what follows imports for seconds
         status = _dispatch(arguments)
@@ -51,11 +53,13 @@ def main() -> int:
         print(error, file=sys.stderr)
         return error.status
     except RemintError as error:
-        if number := _received(listening):
+        if number := _signal_behind(error, listening):
             return 128 + number
         print(f"error: {error}", file=sys.stderr)
         return 1
     except Exception as error:
+        if number := _signal_behind(error, listening):
+            return 128 + number
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
             return 128 + signal.SIGPIPE
         line = _machine_fault(error, arguments[0] if arguments else "remint")
@@ -66,17 +70,21 @@ def main() -> int:
     except KeyboardInterrupt as error:
         with contextlib.suppress(OSError):  # the terminal may be closed
             print(str(error) or "interrupted", file=sys.stderr, flush=True)
-        if isinstance(error, signals.Terminated):
-            return 128 + error.number
-        return 128 + (_received(listening) or signal.SIGINT)
+        return 128 + _signal_behind(error, listening)
 
 
-def _received(listening: Sequence[int]) -> int:
-    """The signal that arrived, of those that were listened to; 0 if none did.
+def _signal_behind(error: BaseException, listening: Sequence[int]) -> int:
+    """The signal that led to an error; 0 if none did. A library may have turned a signal's exception into another one.
 
-    The handler is gone after the first signal. A library may have turned its exception into another one.
+    The handlers of the signals in `listening` are gone after the first of them.
     """
-    return next((number for number in listening if signal.getsignal(number) is signal.SIG_DFL), 0)
+    chain = [error]
+    while (earlier := chain[-1].__context__) is not None:
+        chain.append(earlier)
+    found = [link.number for link in chain if isinstance(link, signals.Terminated)]
+    found += [number for number in listening if signal.getsignal(number) is signal.SIG_DFL]
+    found += [signal.SIGINT for link in chain if isinstance(link, KeyboardInterrupt)]
+    return next(iter(found), 0)
 
 
 def _dispatch(arguments: Sequence[str]) -> int:
@@ -99,6 +107,8 @@ def call(arguments: Sequence[str]) -> int:
         raise RemintError(
             f"{where}: {error.format_message().rstrip('.')}; `{where} --help` lists its arguments"
         ) from None
+    if command == _INTERRUPTED:
+        raise KeyboardInterrupt
     return (command() or 0) if callable(command) else (command or 0)
 
 

@@ -144,6 +144,7 @@ def _drain(read: int, said: bytearray) -> None:
 
 def _become(fault: Fault, place: Path, output: int) -> None:
     """In the fork: run the command as the interpreter would, and exit with its status."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the command starts, as while it imports
     os.chdir(place)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(output, 1)
@@ -164,6 +165,7 @@ def _become(fault: Fault, place: Path, output: int) -> None:
     fault.within()
     for limit, value in fault.limits.items():
         resource.setrlimit(limit, (value, resource.getrlimit(limit)[1]))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         status = main()
     except SystemExit as error:
