@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from bitsandbytes.functional import dequantize_4bit
 
+from remint.compute import teacher
+
 GROUP = 8
 
 
@@ -120,6 +122,14 @@ def backward(dout, qkv, out, lse, starts, heads, kv_heads, scale):
     with torch.enable_grad():
         given = qkv.detach().requires_grad_()
         return torch.autograd.grad(forward(given, starts, heads, kv_heads, scale)[0], given, dout)[0]
+
+
+def divergence_and_grad(logits, ids, log_probs):
+    given = logits.float().clone().requires_grad_()
+    losses = teacher.divergence(given, ids, log_probs)
+    losses.sum().backward()
+    logits.copy_(given.grad)
+    return losses.detach()
 
 
 def cross_entropy_and_grad(logits, targets):

@@ -1,5 +1,8 @@
 """The fused operations compute what peft's and torch's operations compute."""
 
+import dataclasses
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +11,7 @@ from remint.compute.kernels import adapted as cpu
 from remint.compute.kernels import head
 from remint.compute.loss import SupervisedLoss
 from remint.compute.packing import collate, document
+from remint.compute.teacher import TOP, Teacher, most_likely
 from remint.model.lora import add_lora
 from remint.model.qlora import Lora, Quantization
 from remint.model.quantization import quantize
@@ -143,6 +147,76 @@ def test_the_head_in_pieces_is_the_cross_entropy(rows):
         results.append((value.item(), hidden.grad))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
     assert torch.allclose(results[0][1], results[1][1], atol=1e-6)
+
+
+def a_teacher(logits, soft, weight):
+    """The base says `logits` (soft, vocabulary) at the positions `soft` (N,); the others have a target."""
+    ids, log_probs = most_likely(logits)
+    return Teacher((~soft).nonzero().flatten(), soft.nonzero().flatten(), ids, log_probs, weight)
+
+
+@pytest.mark.parametrize("vocabulary", [TOP, 200])
+@pytest.mark.parametrize("rows", [1, head.ROWS["cpu"], 2 * head.ROWS["cpu"] + 3])
+def test_the_head_holds_the_model_to_the_base(rows, vocabulary):
+    """With a vocabulary of TOP tokens, it is the complete divergence; with more, one of fewer outcomes."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(8, vocabulary, bias=False).requires_grad_(False)
+    targets, soft = torch.randint(vocabulary, (rows,)), torch.rand(rows) < 0.6
+    base = 3 * torch.randn(int(soft.sum()), vocabulary)
+    teacher = a_teacher(base, soft, 0.7)
+
+    def reference(hidden):
+        logits = layer(hidden)
+        log_probs, of_base = logits[soft].log_softmax(-1), base.log_softmax(-1)
+        if vocabulary > TOP:
+            log_probs, of_base = (as_outcomes(values, teacher.ids) for values in (log_probs, of_base))
+        held = F.kl_div(log_probs, of_base, reduction="sum", log_target=True)
+        return F.cross_entropy(logits[~soft], targets[~soft], reduction="sum") + 0.7 * held
+
+    results = []
+    for loss in (lambda h: head.head_loss(h, layer, targets, teacher), reference):
+        torch.manual_seed(1)
+        hidden = torch.randn(rows, 8, requires_grad=True)
+        value = loss(hidden)
+        (value / 3).backward()
+        results.append((value.item(), hidden.grad))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-4)
+    assert torch.allclose(results[0][1], results[1][1], atol=1e-5)
+
+
+def as_outcomes(log_probs, ids):
+    """Log-probabilities of the tokens `ids` and, last, of all others together."""
+    others = log_probs.scatter(1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([log_probs.gather(1, ids), others], -1)
+
+
+@pytest.mark.parametrize("targets", [TARGETS, [*TARGETS, "lm_head"]], ids=["frozen head", "adapted head"])
+def test_a_batch_that_holds_the_model_to_the_base_is_the_plain_one(tiny, targets):
+    """One record learns its targets, two are held to what the base says with its adapter off."""
+    losses = [adapted(tiny, fused, targets=targets) for fused in (True, False)]
+    with losses[1].model.disable_adapter():
+        taught = [dataclasses.replace(doc, base=likely(losses[1], doc)) for doc in ROW[1:]]
+    (ours, gradients), (theirs, reference) = (step(loss, [[ROW[0], *taught]]) for loss in losses)
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert largest_difference(gradients, reference) < 1e-5
+    alone = step(losses[0], [[*taught]])[0]
+    assert ours == pytest.approx(step(losses[0], [ROW[:1]])[0] + alone, rel=1e-5)
+    assert alone > 0.1  # B is not zero, so the model is away from the base
+
+
+def test_a_model_that_is_the_base_diverges_nowhere(tiny):
+    loss = adapted(tiny, True)
+    taught = [dataclasses.replace(doc, base=likely(loss, doc)) for doc in ROW]
+    value, gradients = step(loss, [taught])
+    assert value == pytest.approx(0, abs=1e-4)
+    assert max(gradient.abs().max() for gradient in gradients.values()) < 1e-3
+
+
+def likely(loss, doc):
+    """What the model says now at the learned positions of a record, as a document holds it."""
+    ids, log_probs = loss.eval().most_likely(collate([[doc]]))
+    loss.train()
+    return ids.numpy().astype(np.int32), log_probs.numpy()
 
 
 def test_every_recipe_says_which_kernels(in_root):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from bitsandbytes.functional import quantize_4bit
 
+from remint.compute import teacher
 from tests.compute import plain_ops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -127,6 +128,12 @@ def test_rotation(backward):
 def test_the_head_loss_and_its_gradient():
     logits, targets = 3 * randn(7, 1003), torch.randint(1003, (7,), device=DEVICE)
     for ours, theirs in both("cross_entropy_and_grad", logits, targets, filled=0):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_the_divergence_from_the_base_and_its_gradient():
+    logits, (ids, log_probs) = 3 * randn(7, 1003), teacher.most_likely(3 * randn(7, 1003))
+    for ours, theirs in both("divergence_and_grad", logits, ids, log_probs, filled=0):
         assert torch.allclose(ours, theirs, atol=1e-5)
 
 

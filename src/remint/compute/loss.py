@@ -7,12 +7,14 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from remint.compute import kernels
-from remint.compute.packing import Document, collate, moved, pack
+from remint.compute.packing import Batch, Document, collate, moved, pack
+from remint.compute.teacher import Teacher, most_likely
 from remint.core.errors import SettingsError
+
+_CHUNK = 512  # positions whose logits are in memory at a time, where no gradient is needed
 
 
 class SupervisedLoss(nn.Module):
@@ -21,10 +23,13 @@ class SupervisedLoss(nn.Module):
     Only positions with a target go through the head, which is by far the largest matrix of a small model.
     """
 
-    def __init__(self, model: Any, fused: bool = False):
-        """With `fused`, the operations of `kernels` are used; `model` must be a peft model then."""
+    def __init__(self, model: Any, fused: bool = False, base_weight: float = 1.0):
+        """With `fused`, the operations of `kernels` are used; `model` must be a peft model then.
+
+        `base_weight` is the weight of a position where the model is held to the base, relative to one with a target.
+        """
         super().__init__()
-        self.model, self.fused = model, fused
+        self.model, self.fused, self.base_weight = model, fused, base_weight
         self.decoder = kernels.install(model) if fused else None
 
     def answering(self) -> AbstractContextManager[None]:
@@ -53,20 +58,41 @@ class SupervisedLoss(nn.Module):
         labels: torch.Tensor,
         starts: torch.Tensor,
         learned: torch.Tensor,
+        **base: torch.Tensor,
     ) -> torch.Tensor:
-        """Loss summed over all targets of a batch from `packing.collate`."""
-        causal = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        """Loss summed over all supervised positions of a batch from `packing.collate`."""
+        head = self._causal().lm_head
         targets = labels.flatten().index_select(0, learned)
+        teacher = (
+            Teacher(base["hard"], base["soft"], base["base_ids"], base["base_log_probs"], self.base_weight)
+            if base
+            else None
+        )
+        hidden = self._hidden(input_ids, position_ids, starts, learned)
+        if self.fused:
+            return kernels.head_loss(hidden, head, targets, teacher)
+        return kernels.plain_loss(head(hidden).float(), targets, teacher)
+
+    @torch.no_grad()
+    def most_likely(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and log-probabilities of `teacher.most_likely` at the supervised positions of a batch, in chunks."""
+        hidden = self._hidden(batch["input_ids"], batch["position_ids"], batch["starts"], batch["learned"])
+        found = [most_likely(self._causal().lm_head(part)) for part in hidden.split(_CHUNK)]
+        return torch.cat([ids for ids, _ in found]), torch.cat([log_probs for _, log_probs in found])
+
+    def _causal(self) -> Any:
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    def _hidden(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, starts: torch.Tensor, learned: torch.Tensor
+    ) -> torch.Tensor:
+        """Hidden states (N, width) that the head gets, at the supervised positions."""
         if self.decoder is not None:
-            hidden = self.decoder(input_ids, position_ids, starts, learned)
-            return kernels.head_loss(hidden, causal.lm_head, targets)
+            return self.decoder(input_ids, position_ids, starts, learned)
         by_document = self.fused and len(input_ids) == 1 and input_ids.device.type == "cpu"
         options = {"document_lengths": starts.diff().tolist()} if by_document else {}
-        states = causal.model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **options)
-        hidden = states.last_hidden_state.flatten(0, 1)[learned]
-        if self.fused:
-            return kernels.head_loss(hidden, causal.lm_head, targets)
-        return F.cross_entropy(causal.lm_head(hidden).float(), targets, reduction="sum")
+        states = self._causal().model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **options)
+        return states.last_hidden_state.flatten(0, 1)[learned]
 
 
 @torch.no_grad()

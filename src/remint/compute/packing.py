@@ -18,10 +18,15 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Document:
-    """Token ids of one conversation, and for each position the id to predict or IGNORED (both int32, same length)."""
+    """Token ids of one conversation, and for each position the id to predict or IGNORED (both int32, same length).
+
+    `base` is what the base says at the supervised positions, if the model is held to that instead of the targets: ids
+    (int32) and log-probabilities (float32) of the most likely tokens, both of shape (learned, TOP).
+    """
 
     ids: np.ndarray
     targets: np.ndarray
+    base: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
     def learned(self) -> int:
@@ -105,6 +110,9 @@ def collate(rows: Sequence[Sequence[Document]]) -> Batch:
     `starts` (int32, documents + 1) are the starts of the documents in the flattened batch, and its end. `learned`
     (int64) are the flat positions that have a target. Padding is a document of its own at the end of a row, with ids 0
     and no target: causal attention and the restarted positions hide it from all other documents.
+
+    If the model is held to the base in a document, the batch has four more tensors, as in `teacher.Teacher`: `hard` and
+    `soft` (int64) index `learned`, and `base_ids` (int64) and `base_log_probs` (fp32) belong to the soft positions.
     """
     width = max(sum(len(doc.ids) for doc in row) for row in rows)
     batch = {name: np.zeros((len(rows), width), dtype=np.int64) for name in ("input_ids", "position_ids", "labels")}
@@ -125,6 +133,20 @@ def collate(rows: Sequence[Sequence[Document]]) -> Batch:
         **{name: torch.from_numpy(array) for name, array in batch.items()},
         "starts": torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
         "learned": torch.from_numpy(np.flatnonzero(batch["labels"] != IGNORED)),
+        **_of_base([doc for row in rows for doc in row]),
+    }
+
+
+def _of_base(documents: Sequence[Document]) -> Batch:
+    held = [doc.base for doc in documents if doc.base is not None]
+    if not held:
+        return {}
+    soft = np.concatenate([np.full(doc.learned, doc.base is not None) for doc in documents])
+    return {
+        "hard": torch.from_numpy(np.flatnonzero(~soft)),
+        "soft": torch.from_numpy(np.flatnonzero(soft)),
+        "base_ids": torch.from_numpy(np.concatenate([ids for ids, _ in held]).astype(np.int64)),
+        "base_log_probs": torch.from_numpy(np.concatenate([log_probs for _, log_probs in held])),
     }
 
 

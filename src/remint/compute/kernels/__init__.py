@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 
 from remint.compute.kernels import adapted
-from remint.compute.kernels.head import has_triton, head_loss
+from remint.compute.kernels.head import has_triton, head_loss, plain_loss
 
-__all__ = ["head_loss", "install", "skippable"]
+__all__ = ["head_loss", "install", "plain_loss", "skippable"]
 
 
 def install(model: Any) -> Any:

@@ -15,6 +15,7 @@ import torch
 import triton
 
 from remint.compute.kernels import triton_kernels
+from remint.compute.teacher import LEAST
 
 # One Philox draw of four 32-bit words decides this number of neighbouring columns, by 16 bits each.
 GROUP = 8
@@ -215,4 +216,17 @@ def cross_entropy_and_grad(logits: torch.Tensor, targets: torch.Tensor) -> torch
     triton_kernels.cross_entropy_and_grad[(len(logits),)](
         logits, targets, losses, VOCABULARY=logits.shape[1], BLOCK=8192, num_warps=16
     )
+    return losses
+
+
+def divergence_and_grad(logits: torch.Tensor, ids: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
+    """`teacher.divergence` of each row (N,), fp32. Overwrites `logits` (N, vocabulary) with its gradient.
+
+    `ids` and `log_probs` (N, a power of two) are the base's most likely tokens.
+    """
+    losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    triton_kernels.divergence_and_grad[(len(logits),)](
+        logits, ids, log_probs, losses, VOCABULARY=logits.shape[1], TOP=ids.shape[1], LEAST=LEAST, BLOCK=8192,
+        num_warps=16,
+    )  # fmt: skip
     return losses

@@ -169,9 +169,7 @@ def apply_rope(
 
 
 @triton.jit
-def cross_entropy_and_grad(logits, targets, losses, VOCABULARY: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    start = logits + row * VOCABULARY
+def _log_sum_exp(start, VOCABULARY: tl.constexpr, BLOCK: tl.constexpr):
     column = tl.arange(0, BLOCK)
     highest = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -184,7 +182,15 @@ def cross_entropy_and_grad(logits, targets, losses, VOCABULARY: tl.constexpr, BL
         total = total * tl.exp(highest - base) + tl.exp(value - base)
         highest = higher
     top = tl.max(highest, 0)
-    norm = top + tl.log(tl.sum(total * tl.exp(highest - top), 0))
+    return top + tl.log(tl.sum(total * tl.exp(highest - top), 0))
+
+
+@triton.jit
+def cross_entropy_and_grad(logits, targets, losses, VOCABULARY: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    start = logits + row * VOCABULARY
+    column = tl.arange(0, BLOCK)
+    norm = _log_sum_exp(start, VOCABULARY, BLOCK)
     target = tl.load(targets + row)
     tl.store(losses + row, norm - tl.load(start + target).to(tl.float32))
     for first in range(0, VOCABULARY, BLOCK):
@@ -192,6 +198,32 @@ def cross_entropy_and_grad(logits, targets, losses, VOCABULARY: tl.constexpr, BL
         value = tl.load(start + at, mask=at < VOCABULARY, other=float("-inf")).to(tl.float32)
         gradient = tl.exp(value - norm) - tl.where(at == target, 1.0, 0.0)
         tl.store(start + at, gradient.to(logits.dtype.element_ty), mask=at < VOCABULARY)
+
+
+@triton.jit
+def divergence_and_grad(
+    logits, ids, log_probs, losses,
+    VOCABULARY: tl.constexpr, TOP: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    start = logits + row * VOCABULARY
+    column = tl.arange(0, BLOCK)
+    norm = _log_sum_exp(start, VOCABULARY, BLOCK)
+    likely = row * TOP + tl.arange(0, TOP)
+    chosen = start + tl.load(ids + likely)
+    base = tl.load(log_probs + likely)
+    model = tl.load(chosen).to(tl.float32) - norm
+    base_rest = tl.maximum(1 - tl.sum(tl.exp(base), 0), LEAST)
+    model_rest = tl.maximum(1 - tl.sum(tl.exp(model), 0), LEAST)
+    loss = tl.sum(tl.exp(base) * (base - model), 0) + base_rest * (tl.log(base_rest) - tl.log(model_rest))
+    tl.store(losses + row, loss)
+    for first in range(0, VOCABULARY, BLOCK):
+        at = first + column
+        value = tl.load(start + at, mask=at < VOCABULARY, other=float("-inf")).to(tl.float32)
+        gradient = tl.exp(value - norm) * (1 - base_rest / model_rest)
+        tl.store(start + at, gradient.to(logits.dtype.element_ty), mask=at < VOCABULARY)
+    tl.debug_barrier()  # other threads of the program wrote to the same addresses
+    tl.store(chosen, (tl.exp(model) - tl.exp(base)).to(logits.dtype.element_ty))
 
 
 @triton.jit
