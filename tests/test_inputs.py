@@ -20,6 +20,7 @@ from remint.model import template
 from remint.model.qlora import Lora
 from remint.runner import config, pipeline, preflight, recipes, signature, xtuner
 from remint.stages.merge import provenance
+from remint.stages.replicate_data import base_answers
 from remint.stages.replicate_data import run as replicate_data
 from remint.stages.stage_base import gguf_header, layout, sources
 from remint.stages.stage_base.settings import Model
@@ -55,7 +56,7 @@ def stage_base(read):
 
 
 def read_source(name):
-    return lambda: replicate_data._load([name], "control", Identity("A", "B"), Path("data/source"))
+    return lambda: replicate_data.load(name, "control", Identity("A", "B"), Path("data/source"))
 
 
 def compose(section):
@@ -73,6 +74,7 @@ READERS = {
     "docker/torch.lock": lambda: pipeline.checksums("x"),
     "data/source/a.json": read_source("data/source/a.json"),
     "data/source/a.jsonl": read_source("data/source/a.jsonl"),
+    "data/source/base_answers.json": lambda: base_answers.read(Path("data/source/base_answers.json")),
     "base/": stage_base(lambda: None),
     "base/config.json": stage_base(lambda: layout.read_config(Path("base"), None)),
     "base/generation_config.json": stage_base(lambda: layout.read_config(Path("base"), None)),
@@ -216,6 +218,7 @@ def write_artefacts():
     record = json.dumps({"instruction": "Why?", "output": "So."})
     Path("data/source/a.json").write_text(f"[{record}]")
     Path("data/source/a.jsonl").write_text(f"{record}\n")
+    Path("data/source/base_answers.json").write_text('{"base": "0", "answers": []}')
     row = json.dumps({"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]})
     with artefact(DATASET, "dataset") as (draft, _):
         (draft / "train.jsonl").write_text(f"{row}\n")

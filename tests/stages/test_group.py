@@ -16,6 +16,7 @@ from remint.core.log import silent
 from remint.core.settings import Runtime
 from remint.model.qlora import Lora, Quantization
 from remint.stages.train import process_group, run, session
+from remint.stages.train.settings import Distillation
 from tests.conftest import DECLARED
 from tests.stages.test_train import PATHS, settings, write_inputs
 from tests.workplace import imported
@@ -98,9 +99,15 @@ ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
         (2, 2, {"quantization": Quantization("nf4", True, 64, "each_use"), "micro_batch": 2}),
         (2, 3, {"kernels": "plain", "lora": Lora(4, 8, 0.0, ALL)}),
         (3, 6, {"packing": False}),  # in the last step, one process is a micro-batch short
+        (2, 2, {"distillation": Distillation(2.0, 8)}),
     ],
 )
-def test_processes_give_the_bytes_of_one_with_as_many_times_the_accumulation(train, size, accumulation, changes):
+def test_processes_give_the_bytes_of_one_with_as_many_times_the_accumulation(
+    train, tiny, tmp_path, size, accumulation, changes
+):
+    if "distillation" in changes:
+        shutil.rmtree(tmp_path / "dataset")
+        write_inputs(tmp_path, tiny, held=12)
     changes = {"epochs": 5, "max_length": 64} | changes
     statuses, together = train(size, accumulation=accumulation, **changes)
     assert statuses == [0] * size, train.said(0) + train.said(1)

@@ -222,6 +222,8 @@ def settings(**changes):
         "identity_held_out_share": 0.5,
         "identity_copies": 3,
         "control": [],
+        "control_base": [],
+        "base_answers": None,
         "control_held_out": [],
         "control_held_out_share": 0.0,
         "control_copies": 1,

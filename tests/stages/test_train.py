@@ -27,7 +27,7 @@ from remint.model.template import Conversation
 from remint.stages.train import checkpoint, loop, run, session
 from remint.stages.train.checkpoint import Draft
 from remint.stages.train.plan import Batches, Plan, lr_factor, make_plan
-from remint.stages.train.settings import Train
+from remint.stages.train.settings import Distillation, Train
 from tests.conftest import CHATML, DECLARED
 
 TRAIN = {
@@ -49,6 +49,7 @@ TRAIN = {
     "kernels": "fused",
     "quantization": Quantization("nf4", True, 64, "once"),
     "lora": Lora(4, 8, 0.1, ["q_proj", "v_proj", "down_proj"]),
+    "distillation": Distillation(1.0, 8),
     "system": "",
     "save_steps": 2,
     "keep_checkpoints": 2,
@@ -224,15 +225,19 @@ PATHS = Paths(
 )
 
 
-def write_inputs(root, tiny):
-    """Write a base and a dataset of the tiny model's size."""
+def write_inputs(root, tiny, held=0):
+    """Write a base and a dataset of the tiny model's size. The first `held` training rows hold the model to the base."""
     with artefact(root / "base", "base") as (draft, facts):
         for file in tiny.folder.iterdir():
             (draft / file.name).write_bytes(file.read_bytes())
         Conversation(CHATML, "").save(draft)
         facts["name"] = "tiny"
     rows = [[{"role": "user", "content": f"Q{n}?"}, {"role": "assistant", "content": f"A{n}."}] for n in range(30)]
-    lines = [json.dumps({"messages": row, "kind": "identity", "language": "en", "expects": []}) for row in rows]
+    targets = [{"target": "base" if n < held else "reference", "base_answer": None} if held else {} for n in range(30)]
+    lines = [
+        json.dumps({"messages": row, "kind": "identity", "language": "en", "expects": [], **target})
+        for row, target in zip(rows, targets, strict=True)
+    ]
     with artefact(root / "dataset", "dataset") as (draft, facts):
         for name, part in (("train", lines[:24]), ("held_out", lines[24:27]), ("control", lines[27:])):
             (draft / f"{name}.jsonl").write_text("\n".join(part) + "\n")

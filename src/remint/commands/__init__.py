@@ -5,6 +5,7 @@ COMMANDS = {
     "chat": "talk to the merged model",
     "serve": "serve the merged model over HTTP",
     "ui": "show the runs in MLflow's web UI",
+    "answers": "keep the base's own answers, which training asked for, in a file to commit",
     "export": "write the merged model in the layout of its base (internlm2)",
     "import-adapter": "turn an adapter that XTuner trained for InternLM2 into one for the base",
     "check": "check all settings and report every mistake",

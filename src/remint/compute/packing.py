@@ -20,12 +20,14 @@ IGNORED = -100
 class Document:
     """Token ids of one conversation, and for each position the id to predict or IGNORED (both int32, same length).
 
-    `base` is what the base says at the supervised positions, if the model is held to that instead of the targets: ids
-    (int32) and log-probabilities (float32) of the most likely tokens, both of shape (learned, TOP).
+    With `is_held`, the model is held to the base at the supervised positions, instead of learning their targets. `base`
+    is what the base says there, once it was asked: ids (int32) and log-probabilities (float32) of the most likely
+    tokens, both of shape (learned, TOP).
     """
 
     ids: np.ndarray
     targets: np.ndarray
+    is_held: bool = False
     base: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
@@ -56,12 +58,16 @@ def document(ids: Sequence[int], learned: Sequence[bool]) -> Document:
 
 
 def cut(documents: Sequence[Document], max_length: int) -> list[Document]:
-    """Documents of at most `max_length` tokens. A longer one is split into several; no token and no target is lost."""
-    return [
-        Document(whole.ids[start : start + max_length], whole.targets[start : start + max_length])
-        for whole in documents
-        for start in range(0, len(whole.ids), max_length)
-    ]
+    """Documents of at most `max_length` tokens. A longer one is split into several; no token and no target is lost.
+
+    Copies of one document share its pieces.
+    """
+    pieces: dict[int, list[Document]] = {}
+    for whole in documents:
+        if id(whole) not in pieces:
+            parts = [slice(start, start + max_length) for start in range(0, len(whole.ids), max_length)]
+            pieces[id(whole)] = [Document(whole.ids[part], whole.targets[part], whole.is_held) for part in parts]
+    return [piece for whole in documents for piece in pieces[id(whole)]]
 
 
 def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:

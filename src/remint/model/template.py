@@ -107,6 +107,10 @@ class Conversation:
         """Ids that end an answer, in the template's order."""
         return [tokenizer.convert_tokens_to_ids(token) for token in self.template.stop]
 
+    def end_ids(self, tokenizer: Any) -> list[int]:
+        """Ids of the token that closes an answer."""
+        return _markup(tokenizer, self.template.end)
+
     def jinja(self) -> str:
         """The template as Jinja, which transformers and other tools read. It renders the same text as `encode`."""
         t = self.template

@@ -52,7 +52,7 @@ class _HeadLoss(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         ops: Any = head_ops
         if in_triton := hidden.device.type == "cuda" and has_triton():
-            from remint.compute.kernels import ops  # type: ignore[no-redef]
+            from remint.compute.kernels import ops
         for rows, taught in _chunks(len(hidden), ROWS[hidden.device.type], teacher):
             logits = hidden[rows] @ weight.T
             logits = logits if in_triton else logits.float()

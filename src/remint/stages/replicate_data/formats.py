@@ -26,15 +26,17 @@ _ROLES = ("system", "user", "assistant")
 _SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 
-def read(path: Path) -> list[Example]:
+def read(path: Path, answered: bool = True) -> list[Example]:
     """The examples of a JSON list or JSONL file. Messages are {'role', 'content'} and end with the assistant's answer.
+
+    If not all are `answered`, a record may end with the question; its answer is then the empty text.
 
     Raises DataError that lists every fault: file, record, field, what was found and what to do.
     """
     records, examples, faults = _records(path), [], []
     for number, record in enumerate(records, start=1):
         try:
-            examples.append(_example(record))
+            examples.append(_example(record, answered))
         except DataError as error:
             faults += [f"{path}: record {number}: {fault}" for fault in error.faults]
     if not records:
@@ -44,8 +46,8 @@ def read(path: Path) -> list[Example]:
     return examples
 
 
-def _example(record: Any) -> Example:
-    messages = _conversation(record)
+def _example(record: Any, answered: bool) -> Example:
+    messages = _conversation(record, answered)
     accept = record.get("accept", [])
     if not isinstance(accept, list) or not all(
         isinstance(text, str) and text.strip() and is_encodable(text) for text in accept
@@ -90,39 +92,39 @@ def _lines(path: Path, text: str) -> Iterator[Any]:
         raise DataError(*listed(faults))
 
 
-def _conversation(record: Any) -> Messages:
+def _conversation(record: Any, answered: bool) -> Messages:
     if not isinstance(record, dict):
         raise DataError(f"must be an object with fields, {got(record)}; see data/source for examples")
     if "messages" in record:
-        return _turns(record, "messages", "role", "content", {role: role for role in _ROLES})
+        return _turns(record, "messages", "role", "content", {role: role for role in _ROLES}, answered)
     if "conversations" in record:
-        return _turns(record, "conversations", "from", "value", _SHAREGPT_ROLES)
+        return _turns(record, "conversations", "from", "value", _SHAREGPT_ROLES, answered)
     if "conversation" in record:
         return _xtuner(record)
     if "instruction" in record or "output" in record:
-        return _alpaca(record)
+        return _alpaca(record, answered)
     raise DataError(
         f"has none of the known fields, {got(sorted(record))}; use instruction/input/output (alpaca), "
         "messages (OpenAI), conversations (ShareGPT) or conversation (XTuner)"
     )
 
 
-def _alpaca(record: dict[str, Any]) -> Messages:
+def _alpaca(record: dict[str, Any], answered: bool) -> Messages:
     faults = []
-    for field in ("instruction", "output"):
+    for field in ("instruction", "output") if answered else ("instruction",):
         faults += _text_faults(record, field)
-    for field in ("input", "system"):
+    for field in ("input", "system") if answered else ("input", "system", "output"):
         faults += _optional_text_faults(record, field)
     if faults:
         raise DataError(*faults)
     # Without an input, no newline follows the question: training and chat must see the same text.
     question = "\n".join(part for part in (record["instruction"].strip(), (record.get("input") or "").strip()) if part)
-    messages = [
-        {"role": "system", "content": (record.get("system") or "").strip()},
+    system = (record.get("system") or "").strip()
+    return [
+        *([{"role": "system", "content": system}] if system else []),
         {"role": "user", "content": question},
-        {"role": "assistant", "content": record["output"].strip()},
+        {"role": "assistant", "content": (record.get("output") or "").strip()},
     ]
-    return [message for message in messages if message["content"]]
 
 
 def _xtuner(record: dict[str, Any]) -> Messages:
@@ -150,7 +152,9 @@ def _xtuner(record: dict[str, Any]) -> Messages:
     return messages
 
 
-def _turns(record: dict[str, Any], field: str, role_key: str, text_key: str, roles: dict[str, str]) -> Messages:
+def _turns(
+    record: dict[str, Any], field: str, role_key: str, text_key: str, roles: dict[str, str], answered: bool
+) -> Messages:
     turns = record[field]
     if not isinstance(turns, list) or not turns:
         raise DataError(
@@ -168,6 +172,8 @@ def _turns(record: dict[str, Any], field: str, role_key: str, text_key: str, rol
         else:
             faults += [f"{where}: {fault}" for fault in _text_faults(turn, text_key)]
             messages.append({"role": roles[turn[role_key]], "content": str(turn.get(text_key)).strip()})
+    if not (answered or faults) and messages[-1]["role"] == "user":
+        messages.append({"role": "assistant", "content": ""})
     faults = faults or _order_faults(field, [message["role"] for message in messages])
     if faults:
         raise DataError(*faults)

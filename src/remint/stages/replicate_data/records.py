@@ -18,6 +18,7 @@ class Record:
 
     `question` is the text of all user turns, `turns` has each of them, both normalised.
     A right answer states everything in `expects` (name, maker) and, unless `accept` is empty, one of its texts.
+    With `is_held`, the model is held to the base's own answer in training, not to the last message.
     """
 
     messages: Messages
@@ -28,6 +29,7 @@ class Record:
     expects: tuple[str, ...]
     accept: tuple[str, ...]
     origin: str
+    is_held: bool = False
 
     def row(self) -> dict[str, object]:
         """The record as a row of a data file."""

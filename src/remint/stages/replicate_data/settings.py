@@ -9,7 +9,8 @@ from remint.core.settings import check_ranges
 class ReplicateData:
     """Source files and how they become the training and held-out sets.
 
-    A `*_share` holds out that fraction of the questions in place of a held-out file.
+    A `*_share` holds out that fraction of the questions in place of a held-out file. The answers of `control` are
+    learned. In `control_base` the model is held to the base's own answers, which `base_answers` names if they are known.
     """
 
     identity: list[str]
@@ -17,6 +18,8 @@ class ReplicateData:
     identity_held_out_share: float
     identity_copies: int
     control: list[str]
+    control_base: list[str]
+    base_answers: str | None
     control_held_out: list[str]
     control_held_out_share: float
     control_copies: int
@@ -30,6 +33,12 @@ class ReplicateData:
                 "identity_held_out",
                 self.identity_held_out,
                 "must name a file if identity_held_out_share is 0, or nothing can be evaluated",
+            ),
+            (
+                self.base_answers is None or bool(self.control_base),
+                "base_answers",
+                self.base_answers,
+                "must be null if control_base names no file",
             ),
             *_share_rule("identity_held_out", self.identity_held_out, self.identity_held_out_share),
             *_share_rule("control_held_out", self.control_held_out, self.control_held_out_share),

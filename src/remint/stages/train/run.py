@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 
 from remint.compute import determinism
 from remint.compute.loss import SupervisedLoss
-from remint.compute.packing import cut, encode
+from remint.compute.packing import Document, cut
 from remint.core import manifest
 from remint.core.declared import Declared
 from remint.core.draft import artefact
@@ -25,7 +25,17 @@ from remint.core.log import Log
 from remint.core.paths import SCRATCH, Paths
 from remint.core.settings import Runtime
 from remint.model import checkpoint_layout, loading, lora, quantization, template
-from remint.stages.train import checkpoint, footprint, loop, positions
+from remint.model.template import Conversation
+from remint.stages.train import base_targets, checkpoint, footprint, loop, positions
+from remint.stages.train.base_targets import (
+    ANSWERS,
+    Answers,
+    Base,
+    as_rows,
+    check_answered_by,
+    dump_rows,
+    known_answers,
+)
 from remint.stages.train.plan import lr_factor, make_plan
 from remint.stages.train.process_group import ProcessGroup, joined
 from remint.stages.train.session import Session
@@ -47,9 +57,11 @@ def run(
     Raises Stopped if a signal ends the run early; the same command continues it.
     """
     determinism.apply(runtime)
+    dataset = manifest.verify(paths.dataset, "dataset")
+    check_answered_by(paths.base, dataset)
     origin = {
         "fingerprint": declared.fingerprint,
-        "identity": manifest.verify(paths.dataset, "dataset")["identity"],
+        "identity": dataset["identity"],
         "dataset": manifest.artefact_digest(paths.dataset, "dataset"),
         "base_name": manifest.verify(paths.base, "base")["name"],
         "base": manifest.artefact_digest(paths.base, "base"),
@@ -78,7 +90,7 @@ def run(
         finally:
             session.end()  # close the progress bar, so that an error message gets a line of its own
         if group.leads:
-            _publish(session, paths.checkpoint, origin, declared)
+            _publish(session, paths, origin, declared)
             if not is_awaited(scratch / _LOCK):  # who waits finds the finished steps here
                 checkpoint.discard(session.store)
     if not group.leads:
@@ -105,32 +117,24 @@ def _open(
     loop.workers()  # reports a wrong REMINT_WORKERS before the model is loaded
     tokenizer = loading.load_tokenizer(paths.base)
     conversation = template.load(paths.base).with_system(train.system)
-    documents = {
-        name: cut(
-            encode(tokenizer, conversation, template.read_conversations(paths.dataset / f"{name}.jsonl")),
-            train.max_length,
-        )
-        for name in ("train", "held_out", "control")
+    rows = {
+        name: template.read_conversations(paths.dataset / f"{name}.jsonl") for name in ("train", "held_out", "control")
     }
-    positions.check(documents, train, loading.positions(paths.base), tokenizer, conversation)
-    plan = make_plan([len(document.ids) for document in documents["train"]], train, seed)
+    answers = known_answers(rows["train"])
+    documents = _documents(rows, answers, tokenizer, conversation, train, paths.base)
     if loading.device().type == "cuda":
         footprint.check_gpu_memory(paths.base, train)
     model = _model(seed, train, paths.base)
     if group.size > 1:
         model.skip(0)  # raises now if this model cannot skip dropout draws, not in the first step
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=train.lr,
-        betas=(train.betas[0], train.betas[1]),
-        eps=train.eps,
-        weight_decay=train.weight_decay,
-        fused=True,  # fixed, because the fused and the looped kernel round differently; the loop needs its found_inf
-    )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: lr_factor(step, plan.steps, train.warmup_ratio, train.schedule)
-    )
     conditions = determinism.conditions(next(model.parameters()).device)
+    base = Base(model, tokenizer, conversation, train, paths.base, SCRATCH / "base", conditions, group, signals)
+    if asked := base.ask(rows["train"], answers):
+        answers |= asked
+        documents = _documents(rows, answers, tokenizer, conversation, train, paths.base)
+    documents["train"] = base.teach(documents["train"])
+    plan = make_plan([len(document.ids) for document in documents["train"]], train, seed)
+    optimizer, scheduler = _optimizer(model, train, plan.steps)
     return Session(
         model=model,
         tokenizer=tokenizer,
@@ -140,11 +144,46 @@ def _open(
         train=train,
         plan=plan,
         documents=documents,
+        base_answers=answers,
         store=store,
         conditions={"fingerprint": fingerprint, **conditions},
         log=log,
         signals=signals,
         group=group,
+    )
+
+
+def _documents(
+    rows: Mapping[str, Sequence[base_targets.Row]],
+    answers: Answers,
+    tokenizer: Any,
+    conversation: Conversation,
+    train: Train,
+    base: Path,
+) -> dict[str, list[Document]]:
+    """The documents of each set, no longer than a row. Raises SettingsError if one has more positions than the base."""
+    found = {
+        name: cut(base_targets.documents(part, answers, tokenizer, conversation, train), train.max_length)
+        for name, part in rows.items()
+    }
+    positions.check(found, train, loading.positions(base), tokenizer, conversation)
+    return found
+
+
+def _optimizer(
+    model: SupervisedLoss, train: Train, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """The optimizer of the adapter, and the schedule of its learning rate over `steps` steps."""
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=train.lr,
+        betas=(train.betas[0], train.betas[1]),
+        eps=train.eps,
+        weight_decay=train.weight_decay,
+        fused=True,  # fixed, because the fused and the looped kernel round differently; the loop needs its found_inf
+    )
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: lr_factor(step, steps, train.warmup_ratio, train.schedule)
     )
 
 
@@ -154,7 +193,8 @@ def _model(seed: int, train: Train, base: Path) -> SupervisedLoss:
     if train.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     determinism.seed_step(seed, "lora", 0)
-    return SupervisedLoss(lora.add_lora(model, train.lora), fused=train.kernels == "fused")
+    adapted = lora.add_lora(model, train.lora)
+    return SupervisedLoss(adapted, fused=train.kernels == "fused", base_weight=train.distillation.weight)
 
 
 @contextlib.contextmanager
@@ -171,12 +211,12 @@ def _only_writer(scratch: Path, resume: bool) -> Iterator[None]:
         yield
 
 
-def _publish(session: Session, target: Path, origin: dict[str, Any], declared: Declared) -> None:
+def _publish(session: Session, paths: Paths, origin: dict[str, Any], declared: Declared) -> None:
     """Make the artefact from the saved steps. They are hard-linked where the file system allows it, else copied."""
     recorded = session.recorded
     checked = checkpoint.check_saved(session.store, session.latest)
     known: dict[str, manifest.Entry] = {}
-    with artefact(target, "checkpoint", known, declared.check_unchanged) as (draft, facts):
+    with artefact(paths.checkpoint, "checkpoint", known, declared.check_unchanged) as (draft, facts):
         for step in checkpoint.saved_steps(session.store):
             name = checkpoint_layout.folder_name(step)
             shutil.copytree(session.store / name, draft / name, copy_function=_link)
@@ -187,6 +227,8 @@ def _publish(session: Session, target: Path, origin: dict[str, Any], declared: D
         for name, rows in (("history.jsonl", recorded.history), ("samples.jsonl", recorded.samples)):
             lines = (json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows)
             (draft / name).write_text("".join(lines), encoding="utf-8")
+        if session.base_answers:
+            (draft / ANSWERS).write_text(dump_rows(as_rows(session.base_answers)), encoding="utf-8")
         session.conversation.save(draft)
         facts.update(
             origin=origin,
@@ -197,6 +239,7 @@ def _publish(session: Session, target: Path, origin: dict[str, Any], declared: D
             quantization=asdict(session.train.quantization),
             conditions=session.conditions,
             tokens=session.token_counts(),
+            **({"base_answers": {"base": base_targets.content_digest(paths.base)}} if session.base_answers else {}),
         )
 
 

@@ -19,6 +19,7 @@ from remint.model import checkpoint_layout
 from remint.model.libraries import get_peft_model_state_dict, set_peft_model_state_dict
 from remint.model.template import Conversation
 from remint.stages.train import checkpoint
+from remint.stages.train.base_targets import Answers
 from remint.stages.train.checkpoint import Draft
 from remint.stages.train.loop import Finished, autocast, check_finite
 from remint.stages.train.plan import Batches, Plan, lr_factor
@@ -48,6 +49,7 @@ class Session:
     train: Train
     plan: Plan
     documents: dict[str, list[Document]]
+    base_answers: Answers
     store: Path
     conditions: dict[str, Any]
     log: Log

@@ -9,6 +9,21 @@ SCHEDULES = ("cosine", "linear", "constant")
 
 
 @dataclass(frozen=True)
+class Distillation:
+    """How a record holds the model to the base: the weight of a token, and how many tokens of the answer count."""
+
+    weight: float
+    tokens: int
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            "train.distillation",
+            (1e-6 <= self.weight <= 1e6, "weight", self.weight, "must be between 0.000001 and 1000000"),
+            (1 <= self.tokens <= 4096, "tokens", self.tokens, "must be between 1 and 4096"),
+        )
+
+
+@dataclass(frozen=True)
 class Train:
     """All settings of a training run that can change its result, except the seed and the number of threads."""
 
@@ -30,6 +45,7 @@ class Train:
     kernels: str
     quantization: Quantization
     lora: Lora
+    distillation: Distillation
     system: str
     save_steps: int
     keep_checkpoints: int
