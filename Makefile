@@ -141,7 +141,7 @@ test: test-quick ## the quick suite, then the pipeline end to end on a tiny real
 
 test-quick: $(DONE) ## only the quick suite
 	@bash tests/halves.sh $(BIN)/python "not slow and not engine and not soak" \
-		tests/runner tests/test_inputs.py tests/test_pipeline.py tests/test_bench_gpus.py
+		tests/runner tests/test_inputs.py tests/test_pipeline.py tests/test_bench_gpus.py tests/test_container.py
 
 test-image: $(DONE) ## the same pipeline in the image, and the servers (after `make image`)
 	$(BIN)/python -m pytest -q -m engine

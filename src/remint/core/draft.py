@@ -73,6 +73,14 @@ def check_place(place: Path, kind: str) -> None:
         )
 
 
+def check_draft(target: Path) -> None:
+    """Refuse a folder in the place of an artefact's draft that no stage made. Raises ArtefactError."""
+    folder = hidden(target)
+    filled = folder.is_dir() and any(folder.iterdir())
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()) or (filled and not (folder / LOCK).exists()):
+        raise ArtefactError(f"{folder}: must be absent, got what no stage wrote; move it away, a stage writes here")
+
+
 def foreign(place: Path, kind: str) -> list[str]:
     """Names of the files in a folder that are not part of an artefact of `kind`, sorted; [] if there is no folder.
 
@@ -113,9 +121,7 @@ def _draft(target: Path) -> Iterator[tuple[Path, Path]]:
     """
     folder = hidden(target)
     lock, new, old = folder / LOCK, folder / "new", folder / "old"
-    filled = folder.is_dir() and any(folder.iterdir())
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()) or (filled and not lock.exists()):
-        raise ArtefactError(f"{folder}: must be absent, got what no stage wrote; move it away, a stage writes here")
+    check_draft(target)
     folder.mkdir(exist_ok=True)
     try:
         # A signal may interrupt the clearing. The lock file then stays, so that the next run knows whose the rest is.

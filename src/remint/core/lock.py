@@ -78,7 +78,7 @@ def in_turn(path: Path, doing: str) -> Iterator[None]:
 
 
 def is_awaited(path: Path) -> bool:
-    """Whether another process waits, or has waited, `in_turn` for the lock file at `path`. To be asked by the holder."""
+    """Whether another process waits `in_turn` for the lock file at `path`. To be asked by the holder."""
     waiting = path.with_name(_WAITING)
     try:
         with waiting.open("r+") as file:
@@ -110,6 +110,7 @@ def _announced(waiting: Path) -> IO[str]:
             if _locked(file, fcntl.LOCK_SH) and _is_at(file, waiting):
                 return file
             file.close()
+        time.sleep(_POLL_S)  # its holder removes it; where a file system knows no locks, this lasts
 
 
 def _locked(file: IO[str], how: int) -> bool:

@@ -18,8 +18,8 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from remint.core.declared import AGAIN
-from remint.core.draft import LOCK, check_place, hidden
-from remint.core.errors import ArtefactError, RemintError
+from remint.core.draft import check_draft, check_place
+from remint.core.errors import RemintError
 from remint.core.paths import ARTEFACTS, MADE_BY, Paths
 from remint.core.process import end_with_parent
 
@@ -189,14 +189,6 @@ def _check_places(places: Iterable[tuple[Path, str]]) -> None:
             check_draft(shown)
         except RemintError as error:
             raise _refusal(str(error)) from None
-
-
-def check_draft(place: Path) -> None:
-    """Refuse a draft folder beside a place that no stage made: the stage would refuse it after DVC's removal."""
-    folder = hidden(place)
-    filled = folder.is_dir() and any(folder.iterdir())
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()) or (filled and not (folder / LOCK).exists()):
-        raise ArtefactError(f"{folder}: must be absent, got what no stage wrote; move it away, a stage writes here")
 
 
 def _run(*arguments: str, cwd: str) -> None:
