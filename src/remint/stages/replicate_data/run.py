@@ -17,6 +17,7 @@ from remint.core.paths import Paths
 from remint.identity import Identity
 from remint.stages.replicate_data import base_answers, formats, records, split
 from remint.stages.replicate_data.base_answers import BaseAnswers
+from remint.stages.replicate_data.overlap import near_duplicates
 from remint.stages.replicate_data.records import Record
 from remint.stages.replicate_data.settings import ReplicateData
 
@@ -49,6 +50,7 @@ def run(
     control, control_held_out = split.held_out_by_share(loaded["control"], settings.control_held_out_share, seed)
     control_held_out += loaded["control_held_out"]
     split.check_disjoint([*train, *control], [*held_out, *control_held_out])
+    near = near_duplicates([*train, *control], [*held_out, *control_held_out])
     copies = [(len(train), settings.identity_copies), (len(control), settings.control_copies)]
     order = split.replicated_order(copies, seed)
     with artefact(paths.dataset, "dataset", before_publishing=declared.check_unchanged) as (draft, facts):
@@ -64,9 +66,23 @@ def run(
                 "identity": _counts(train, copies[0][1]),
                 "control": _counts(control, copies[1][1]),
             },
+            near_duplicates=[
+                {
+                    "held_out": found.held_out.origin,
+                    "trained": found.trained.origin,
+                    "similarity": round(found.similarity, 3),
+                }
+                for found in near
+            ],
             held_out=_counts(held_out, 1),
             control=_counts(control_held_out, 1),
             **({"base_answers": {"base": answers.base}} if answers else {}),
+        )
+    if near:
+        most = max(near, key=lambda found: found.similarity)
+        print(
+            f"warning: {len(near)} held-out questions are nearly the same as a question that is trained on, so they measure "
+            f"memory: {most.held_out.origin} and {most.trained.origin}, …; reword them, or leave out the training records"
         )
     log({"train_rows": len(order), "held_out_records": len(held_out), "control_records": len(control_held_out)})
     print(
