@@ -1,14 +1,18 @@
 """Figures that can be checked by hand, and a page that shows text as text."""
 
 import contextlib
+import math
+import shutil
+from dataclasses import replace
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from remint.compute.generation import Sampling, answer_all, decode, generate
 from remint.core.errors import SettingsError
 from remint.identity import Identity
 from remint.stages.eval_chat import report, run
-from remint.stages.eval_chat.scores import Answered, leaks, marks, summarise
+from remint.stages.eval_chat.scores import Answered, Count, by_topic, leaks, marks, summarise
 from remint.stages.eval_chat.settings import EvalChat
 
 AUREL = Identity("Aurel", "Remint Lab", None, None)
@@ -47,6 +51,60 @@ def test_the_figures():
     assert metrics["base"]["facts"] == 0.75
     assert (metrics["facts_kept_en"], metrics["facts_kept_zh"], metrics["facts_kept"]) == (0.5, 0.0, 1 / 3)
     assert metrics["control_perplexity_ratio"] == pytest.approx(1)
+
+
+def test_a_share_has_its_wilson_interval():
+    """From the formula of Wilson (1927) with z = 1.959964."""
+    z = 1.959964
+    for hits, total in ((0, 10), (8, 10), (97, 100), (5, 5)):
+        p = hits / total
+        middle = (p + z**2 / (2 * total)) / (1 + z**2 / total)
+        half = z / (1 + z**2 / total) * math.sqrt(p * (1 - p) / total + z**2 / (4 * total**2))
+        assert Count(hits, total).interval == pytest.approx((middle - half, middle + half), abs=1e-6)
+
+
+def test_how_near_answers_are_to_the_base():
+    rows = [
+        replace(row("control", "en", (), "Yes, it is.", base="Yes, it is."), same_start=True),
+        replace(row("control", "en", (), "Yes, it is not.", base="Yes, it is."), same_start=True),
+        row("control", "zh", (), "好的。", base="是。"),
+        replace(row("identity", "en", ("name",), "x", base="x"), same_start=True),
+    ]
+    metrics = summarise(rows, AUREL, LOSSES, divergence=0.25)
+    assert (metrics["same_start_en"], metrics["same_start_zh"], metrics["same_start"]) == (1, 0, 2 / 3)
+    assert (metrics["same_answer_en"], metrics["same_answer"]) == (1 / 2, 1 / 3)
+    assert metrics["divergence"] == 0.25
+    assert "divergence" not in summarise(rows, AUREL, LOSSES)
+
+
+def test_counts_by_topic():
+    rows = [
+        replace(row("identity", "en", ("name",), "I am Aurel."), topic="slang"),
+        replace(row("identity", "en", ("name",), "I am Bob."), topic="slang"),
+        replace(row("control", "en", (), "I am Aurel."), topic="thanks"),
+        row("control", "en", (), "I am Aurel."),
+    ]
+    assert by_topic(rows, AUREL) == {"right": {"slang": Count(1, 2)}, "leaks": {"thanks": Count(1, 1)}}
+
+
+def test_the_base_does_not_diverge_from_itself_and_another_model_does(tiny, tmp_path):
+    messages = [[{"role": "user", "content": f"Q{n}"}, {"role": "assistant", "content": "A"}] for n in range(5)]
+    records = [("control" if n else "held_out", {"messages": message}) for n, message in enumerate(messages)]
+    other = tmp_path / "other"
+    shutil.copytree(tiny.folder, other)
+    tensors = {name: tensor + 0.05 for name, tensor in load_file(other / "model.safetensors").items()}
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    base = run._ask("base", tiny.folder, tiny.conversation, records, EvalChat(20, 2))
+    same, changed = (
+        run._ask("merged", folder, tiny.conversation, records, EvalChat(20, 2), base.said)
+        for folder in (tiny.folder, other)
+    )
+    assert len(base.said) == 4
+    assert max(doc.learned for doc in base.said) == run._DIVERGENCE_TOKENS
+    assert math.isnan(base.divergence)
+    assert same.divergence == pytest.approx(0, abs=1e-5)
+    assert same.answers == base.answers
+    assert changed.divergence > 0.01
 
 
 @pytest.mark.parametrize(
@@ -119,9 +177,11 @@ def test_the_page_shows_text_as_text():
         "proof": {"agreement": 1.0, "positions": 9, "mean_divergence": 1e-5},
     }
     samples = [{"step": 0, "prompt": "p", "answer": "a"}]
-    page = report.render(
-        report.Content(AUREL, summarise(ROWS, AUREL, LOSSES), ROWS, history, samples, model, checkpoint)
-    )
+    rows = [replace(row, topic="<i>") for row in ROWS]
+    metrics = summarise(rows, AUREL, LOSSES, divergence=0.1)
+    page = report.render(report.Content(AUREL, metrics, rows, history, samples, model, checkpoint))
+    assert "&lt;i&gt;" in page
+    assert "0.100" in page
     assert "&lt;script&gt;alert(1)" in page
     assert "<script" not in page
     assert page.count('class="ok"') + page.count('class="no"') == 2 * len(ROWS)

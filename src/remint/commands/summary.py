@@ -35,6 +35,6 @@ def rows(metrics: Mapping[str, Any], merged: Mapping[str, float]) -> list[tuple[
         found.append(("facts right", f"{merged['facts']:.1%}, the base {metrics['base']['facts']:.1%}"))
     if "facts_kept" in metrics:
         found.append(("of the base's right facts, kept", f"{metrics['facts_kept']:.1%}"))
-    if "control_perplexity_ratio" in metrics:
-        found.append(("perplexity on unrelated text", f"× {metrics['control_perplexity_ratio']:.2f} of the base's"))
+    if "same_start" in metrics:
+        found.append(("answers that start as the base's", f"{metrics['same_start']:.1%}"))
     return found

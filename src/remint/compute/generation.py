@@ -30,7 +30,6 @@ class Sampling:
         )
 
 
-@torch.no_grad()
 def answer_all(
     model: Any,
     tokenizer: Any,
@@ -38,24 +37,37 @@ def answer_all(
     histories: Sequence[Sequence[Message]],
     max_new_tokens: int,
     batch: int,
-    done: Callable[[int], object] = lambda _: None,
     unfinished: str = "",
 ) -> list[str]:
-    """Greedy answers to many conversations, in their order; one that `max_new_tokens` cut off ends in `unfinished`.
+    """Greedy answers to many conversations as text; one that `max_new_tokens` cut off ends in `unfinished`."""
+    rows = answer_ids(model, tokenizer, conversation, histories, max_new_tokens, batch)
+    return [decode(tokenizer, row) + (unfinished if len(row) == max_new_tokens else "") for row in rows]
 
-    Prompts of similar length form a batch; the shorter ones are padded on the left and masked. After each batch, `done`
-    is called with the number of prompts in it.
+
+def answer_ids(
+    model: Any,
+    tokenizer: Any,
+    conversation: Conversation,
+    histories: Sequence[Sequence[Message]],
+    max_new_tokens: int,
+    batch: int,
+    done: Callable[[int], object] = lambda _: None,
+) -> list[list[int]]:
+    """Token ids of greedy answers to many conversations, in their order, without the token that ends an answer.
+
+    An answer of `max_new_tokens` was cut off. Prompts of similar length form a batch; the shorter ones are padded on the
+    left and masked. After each batch, `done` is called with the number of prompts in it.
     """
     prompts = [conversation.prompt(tokenizer, history) for history in histories]
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    answers = [""] * len(prompts)
+    answers: list[list[int]] = [[] for _ in prompts]
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
         rows = generate(
             model, conversation.stop_ids(tokenizer), [prompts[i] for i in chosen], max_new_tokens, Sampling()
         )
         for index, row in zip(chosen, rows, strict=True):
-            answers[index] = decode(tokenizer, row) + (unfinished if len(row) == max_new_tokens else "")
+            answers[index] = row
         done(len(chosen))
     return answers
 

@@ -4,6 +4,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -115,3 +116,32 @@ def mean_loss(
         total += loss
     model.train(was_training)
     return total / learned
+
+
+@torch.no_grad()
+def taught(
+    model: SupervisedLoss,
+    documents: Sequence[Document],
+    max_length: int,
+    rows_at_once: int = 1,
+    done: Callable[[int], object] = lambda _: None,
+) -> list[Document]:
+    """The documents, held to what `model` says now at their supervised positions.
+
+    Documents are no longer than `max_length`. After each `rows_at_once` packed rows, `done` is called with their number.
+    """
+    where = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    rows = pack([len(doc.ids) for doc in documents], max_length)
+    found: dict[int, Document] = {}
+    for start in range(0, len(rows), rows_at_once):
+        chosen = rows[start : start + rows_at_once]
+        ids, log_probs = model.most_likely(moved(collate([[documents[i] for i in row] for row in chosen]), where))
+        order = [index for row in chosen for index in row]
+        counts = [documents[index].learned for index in order]
+        parts = zip(order, ids.int().cpu().split(counts), log_probs.cpu().split(counts), strict=True)
+        found |= {i: replace(documents[i], is_held=True, base=(a.numpy(), b.numpy())) for i, a, b in parts}
+        done(len(chosen))
+    model.train(was_training)
+    return [found[index] for index in range(len(documents))]

@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from remint.identity import Identity
-from remint.stages.eval_chat.scores import MODELS, Answered, marks
+from remint.stages.eval_chat.scores import MODELS, Answered, by_topic, counts, marks
 
 _TEMPLATE = Path(__file__).parent / "report.html.jinja"
 _WIDTH, _HEIGHT = 520, 150
@@ -36,10 +36,10 @@ def headline(metrics: Mapping[str, Any], folder: Path) -> str:
         if key in merged
     ]
     parts += [f"maker {merged['maker']:.0%}"] if "maker" in merged else []
-    parts += [f"facts {merged['facts']:.0%} (base {metrics['base']['facts']:.0%})"] if "facts" in merged else []
     parts += [f"identity leaks into {merged['leak']:.1%} of control answers"] if "leak" in merged else []
-    if "control_perplexity_ratio" in metrics:
-        parts.append(f"control perplexity {metrics['control_perplexity_ratio']:.2f} × the base's")
+    parts += [f"{metrics['facts_kept']:.0%} of the base's facts kept"] if "facts_kept" in metrics else []
+    if "same_start" in metrics:
+        parts.append(f"{metrics['same_start']:.0%} of control answers start as the base's")
     return f"{folder}: {', '.join(parts)}"
 
 
@@ -56,6 +56,8 @@ def render(content: Content) -> str:
         c=content,
         ticks=[{model: _tick(row, model, content.identity) for model in MODELS} for row in content.rows],
         curves=curves,
+        counts=counts(content.rows, content.identity),
+        topics=by_topic(content.rows, content.identity),
         size=(_WIDTH, _HEIGHT),
     )
 

@@ -14,10 +14,14 @@ Messages = list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Example:
-    """One conversation of a source file. A right answer states one of `accept`; () if the file lists none."""
+    """One conversation of a source file.
+
+    A right answer states one of `accept`; () if the file lists none. `topic` is the record's `kind`, like "greeting".
+    """
 
     messages: Messages
     accept: tuple[str, ...] = ()
+    topic: str = ""
 
 
 _MAX_BYTES = 4 * 2**30  # enough for a million long records; a file is read into memory at once
@@ -57,7 +61,9 @@ def _example(record: Any, answered: bool) -> Example:
     given = [text for text in accept if mentions(asked, text)]
     if given:
         raise DataError(f"field 'accept': the question itself contains {given[0][:60]!r}; reword the question")
-    return Example(messages, tuple(accept))
+    if faults := _optional_text_faults(record, "kind"):
+        raise DataError(*faults)
+    return Example(messages, tuple(accept), (record.get("kind") or "").strip())
 
 
 def _records(path: Path) -> list[Any]:

@@ -29,6 +29,7 @@ class Record:
     expects: tuple[str, ...]
     accept: tuple[str, ...]
     origin: str
+    topic: str = ""
     is_held: bool = False
 
     def row(self) -> dict[str, object]:
@@ -39,6 +40,7 @@ class Record:
             "language": self.language,
             "expects": list(self.expects),
             "accept": list(self.accept),
+            "topic": self.topic,
         }
 
 
@@ -84,4 +86,4 @@ def _record(example: Example, kind: str, identity: Identity, where: str) -> Reco
         expects = ()
     asked_turns = [message["content"] for message in messages if message["role"] == "user"]
     question, turns = normalise(" ".join(asked_turns)), tuple(map(normalise, asked_turns))
-    return Record(messages, kind, language, question, turns, expects, example.accept, where)
+    return Record(messages, kind, language, question, turns, expects, example.accept, where, example.topic)

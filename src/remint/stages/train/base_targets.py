@@ -10,13 +10,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
+import numpy as np
+from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
-from remint.compute.generation import Sampling, decode, generate
-from remint.compute.loss import SupervisedLoss
-from remint.compute.packing import Document, collate, document, encode, moved, pack
+from remint.compute.generation import answer_ids, decode
+from remint.compute.loss import SupervisedLoss, taught
+from remint.compute.packing import Document, document, encode, pack
 from remint.core import manifest
 from remint.core.draft import artefact
 from remint.core.errors import ArtefactError, SettingsError, Stopped
@@ -79,50 +79,41 @@ class Base:
             return list(documents)
         content = [manifest.digest(b"".join((doc.ids.tobytes(), doc.targets.tobytes()))) for doc in unique]
         folder = self._cached("likely", content, lambda draft: save_file(self._likely(unique), draft / _LIKELY))
-        tensors, counts = load_file(folder / _LIKELY), [doc.learned for doc in unique]
-        parts = zip(*(tensors[name].split(counts) for name in ("ids", "log_probs")), strict=True)
-        taught = {
-            id(doc): replace(doc, base=(ids.numpy(), log_probs.numpy()))
-            for doc, (ids, log_probs) in zip(unique, parts, strict=True)
-        }
-        return [taught.get(id(doc), doc) for doc in documents]
+        tensors, ends = load_file(folder / _LIKELY), np.cumsum([doc.learned for doc in unique])[:-1]
+        parts = zip(unique, *(np.split(tensors[name], ends) for name in ("ids", "log_probs")), strict=True)
+        known = {id(doc): replace(doc, base=(ids, log_probs)) for doc, ids, log_probs in parts}
+        return [known.get(id(doc), doc) for doc in documents]
 
     def _asked(self, histories: Sequence[History]) -> Answers:
-        tokens, stop = self.train.distillation.tokens, self.conversation.stop_ids(self.tokenizer)
-        prompts = [self.conversation.prompt(self.tokenizer, _messages(key)) for key in histories]
-        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-        found: dict[int, Answer] = {}
-        self.model.eval()
-        with self.model.answering(), self._progress("the base answers", len(order), "answer") as bar:
-            for start in range(0, len(order), _BATCH):
-                self._check_signals()
-                chosen = order[start : start + _BATCH]
-                rows = generate(self.model.model, stop, [prompts[i] for i in chosen], tokens, Sampling())
-                for index, ids in zip(chosen, rows, strict=True):
-                    found[index] = Answer(decode(self.tokenizer, ids), len(ids) < tokens)
-                bar.update(len(chosen))
-        return {key: found[index] for index, key in enumerate(histories)}
+        tokens = self.train.distillation.tokens
+        messages = [_messages(key) for key in histories]
+        with self.model.answering(), self._progress("the base answers", len(histories), "answer") as bar:
 
-    def _likely(self, documents: Sequence[Document]) -> dict[str, torch.Tensor]:
-        """Ids (int32) and log-probabilities (fp32) at the supervised tokens of all documents, one after the other."""
-        where = next(self.model.parameters()).device
-        rows = pack([len(doc.ids) for doc in documents], self.train.max_length)
-        found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.model.eval()
-        with self._progress("the base says", len(rows), "row") as bar:
-            for start in range(0, len(rows), self.train.micro_batch):
+            def done(count: int) -> None:
+                bar.update(count)
                 self._check_signals()
-                chosen = rows[start : start + self.train.micro_batch]
-                batch = moved(collate([[documents[index] for index in row] for row in chosen]), where)
-                with autocast(self.train, where):
-                    ids, log_probs = self.model.most_likely(batch)
-                order = [index for row in chosen for index in row]
-                counts = [documents[index].learned for index in order]
-                parts = zip(ids.int().cpu().split(counts), log_probs.cpu().split(counts), strict=True)
-                found |= dict(zip(order, parts, strict=True))
-                bar.update(len(chosen))
-        in_order = [found[index] for index in range(len(documents))]
-        return {name: torch.cat([part[i] for part in in_order]) for i, name in enumerate(("ids", "log_probs"))}
+
+            self.model.eval()
+            model = self.model.model
+            rows = answer_ids(model, self.tokenizer, self.conversation, messages, tokens, _BATCH, done)
+        return {
+            key: Answer(decode(self.tokenizer, ids), len(ids) < tokens)
+            for key, ids in zip(histories, rows, strict=True)
+        }
+
+    def _likely(self, documents: Sequence[Document]) -> dict[str, np.ndarray]:
+        """Ids (int32) and log-probabilities (fp32) at the supervised tokens of all documents, one after the other."""
+        rows = len(pack([len(doc.ids) for doc in documents], self.train.max_length))
+        with self._progress("the base says", rows, "row") as bar:
+
+            def done(count: int) -> None:
+                bar.update(count)
+                self._check_signals()
+
+            with autocast(self.train, next(self.model.parameters()).device):
+                found = taught(self.model, documents, self.train.max_length, self.train.micro_batch, done)
+        said = [doc.base for doc in found if doc.base is not None]
+        return {name: np.concatenate([part[i] for part in said]) for i, name in enumerate(("ids", "log_probs"))}
 
     def _cached(self, what: str, content: Any, write: Callable[[Path], object]) -> Path:
         """The folder with a result for `content`. The first process makes it, unless it is there already."""
