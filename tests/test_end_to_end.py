@@ -163,6 +163,36 @@ def test_a_merge_setting_reruns_merge_and_what_follows(built):
     assert built.bytes("model", "report") == before
 
 
+def test_measuring_the_held_out_files_gives_the_figures_of_the_report(built):
+    files = {"identity": ["identity_held_out"], "control": ["control_held_out", "facts_held_out"]}
+    options = [f"--{kind}=data/source/{name}.json" for kind, names in files.items() for name in names]
+    said = built.run("docker/run", "python", "-m", "remint", "measure", "--json", "--max-new-tokens=4", *options)
+    found = {line["what"]: line["model"] for line in json.loads(said.splitlines()[-1])}
+    metrics = json.loads((built.root / "data/report/metrics.json").read_text(encoding="utf-8"))
+    assert found["states its name, English"] == metrics["merged"]["name_en"]
+    assert found["brings itself up in ordinary answers, Chinese"] == metrics["merged"]["leak_zh"]
+    assert found["starts as the base's answer, English"] == metrics["same_start_en"]
+    assert found["divergence"] == metrics["divergence"]
+
+
+def test_a_base_that_is_asked_again_gives_the_same_bytes(built):
+    built.edit("  control: [data/source/control.json] ", "  control: [] ")
+    built.edit("  control_base: [] ", "  control_base: [data/source/control.json] ")
+    assert built.repro() == ["replicate_data", "train", "convert", "merge", "eval_chat"]
+    asked = built.bytes("checkpoint")
+    shutil.rmtree(built.root / ".scratch/base")
+    built.run("dvc", "repro", "--force", "--single-item", "train")
+    assert built.bytes("checkpoint") == asked
+    said = built.run("docker/run", "python", "-m", "remint", "answers", "data/source/kept.json")
+    kept = json.loads((built.root / "data/source/kept.json").read_text(encoding="utf-8"))["answers"]
+    assert f"data/source/kept.json: {len(kept)} answers of" in said
+    prompts = json.loads((built.root / "data/source/control.json").read_text(encoding="utf-8"))
+    assert len(kept) == len({(record["instruction"], record["input"]) for record in prompts})
+    built.run("git", "checkout", "params.yaml")
+    (built.root / "data/source/kept.json").unlink()
+    assert built.repro() == []
+
+
 def test_the_ways_to_change_a_setting_agree(built):
     ran = built.run("dvc", "exp", "run", "-S", "train.lr=1e-3")
     assert [stage for stage in STAGES if f"Running stage '{stage}'" in ran] == [

@@ -449,7 +449,7 @@ BUILT = {
             EVAL,
             "eval_chat: memory ran out",
             "try eval_chat.batch=20, then eval_chat.max_new_tokens=2, then REMINT_DEVICE=cpu",
-            within=patched("remint.stages.eval_chat.run", _ask=raising(gpu_memory)),
+            within=patched("remint.stages.eval_chat.run", ask=raising(gpu_memory)),
             after=same("data/report"),
         ),
     ],

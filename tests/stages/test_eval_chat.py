@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from remint.compute.generation import Sampling, answer_all, decode, generate
 from remint.core.errors import SettingsError
 from remint.identity import Identity
-from remint.stages.eval_chat import report, run
+from remint.stages.eval_chat import asking, report
 from remint.stages.eval_chat.scores import Answered, Count, by_topic, leaks, marks, summarise
 from remint.stages.eval_chat.settings import EvalChat
 
@@ -94,13 +94,13 @@ def test_the_base_does_not_diverge_from_itself_and_another_model_does(tiny, tmp_
     shutil.copytree(tiny.folder, other)
     tensors = {name: tensor + 0.05 for name, tensor in load_file(other / "model.safetensors").items()}
     save_file(tensors, other / "model.safetensors", {"format": "pt"})
-    base = run._ask("base", tiny.folder, tiny.conversation, records, EvalChat(20, 2))
+    base = asking.ask("base", tiny.folder, tiny.conversation, records, EvalChat(20, 2))
     same, changed = (
-        run._ask("merged", folder, tiny.conversation, records, EvalChat(20, 2), base.said)
+        asking.ask("merged", folder, tiny.conversation, records, EvalChat(20, 2), base.said)
         for folder in (tiny.folder, other)
     )
     assert len(base.said) == 4
-    assert max(doc.learned for doc in base.said) == run._DIVERGENCE_TOKENS
+    assert max(doc.learned for doc in base.said) == asking._DIVERGENCE_TOKENS
     assert math.isnan(base.divergence)
     assert same.divergence == pytest.approx(0, abs=1e-5)
     assert same.answers == base.answers
@@ -149,7 +149,7 @@ def test_a_question_and_its_answer_must_fit_into_the_positions(tiny, tokens, sai
         for text in ("", "Who?")
     ]
     with pytest.raises(SettingsError, match=said) if said else contextlib.nullcontext():
-        run._check_positions(tiny.folder, tiny.conversation, rows, EvalChat(tokens, 1))
+        asking.check_positions(tiny.folder, tiny.conversation, rows, EvalChat(tokens, 1))
 
 
 def test_a_set_that_is_empty_has_no_figure():

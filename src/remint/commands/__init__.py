@@ -3,6 +3,7 @@
 # Every command with its line in `remint --help`. Its module has the same name, with _ for -, and a function `main`.
 COMMANDS = {
     "chat": "talk to the merged model",
+    "measure": "ask base and merged model prompts of your own: shares with intervals",
     "serve": "serve the merged model over HTTP",
     "ui": "show the runs in MLflow's web UI",
     "answers": "keep the base's own answers, which training asked for, in a file to commit",
