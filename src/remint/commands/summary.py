@@ -19,6 +19,8 @@ def main() -> None:
     print("On the held-out questions, which training has not seen:\n")
     for label, value in rows(metrics, merged):
         print(f"  {label:<36}{value}")
+    for line in manifest.read(paths.report, "report").get("findings", []):
+        print(f"\n  {line}")
     print(f"\n  read    {paths.report / 'report.html'}\n  talk    make chat\n  compare make ui\n")
 
 

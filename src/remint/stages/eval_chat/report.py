@@ -9,6 +9,7 @@ from jinja2 import Environment, StrictUndefined
 
 from remint.identity import Identity
 from remint.stages.eval_chat.scores import MODELS, Answered, by_topic, counts, marks
+from remint.stages.eval_chat.verdict import findings
 
 _TEMPLATE = Path(__file__).parent / "report.html.jinja"
 _WIDTH, _HEIGHT = 520, 150
@@ -52,11 +53,13 @@ def render(content: Content) -> str:
         ("Held-out loss, identity and control", "nats per supervised token", curve(content.history, "held_out_loss")),
         ("Learning rate", "", curve(content.history, "lr")),
     ]
+    found = counts(content.rows, content.identity)
     return template.render(
         c=content,
+        findings=findings(found, content.metrics.get("divergence")),
         ticks=[{model: _tick(row, model, content.identity) for model in MODELS} for row in content.rows],
         curves=curves,
-        counts=counts(content.rows, content.identity),
+        counts=found,
         topics=by_topic(content.rows, content.identity),
         size=(_WIDTH, _HEIGHT),
     )

@@ -18,8 +18,9 @@ from remint.identity import Identity
 from remint.model import loading, template
 from remint.stages.eval_chat import report
 from remint.stages.eval_chat.asking import answered, ask, check_positions
-from remint.stages.eval_chat.scores import MODELS, Answered, marks, summarise
+from remint.stages.eval_chat.scores import MODELS, Answered, counts, marks, summarise
 from remint.stages.eval_chat.settings import EvalChat
+from remint.stages.eval_chat.verdict import findings, in_words
 
 _CURVES = ("step", "loss", "held_out_loss", "lr")
 
@@ -43,6 +44,7 @@ def run(runtime: Runtime, eval_chat: EvalChat, paths: Paths, declared: Declared,
     merged = ask("merged", paths.model, conversation, records, eval_chat, base.said)
     rows = [answered(row, *answers) for (_, row), *answers in zip(records, base.answers, merged.answers, strict=True)]
     metrics = summarise(rows, identity, {"base": base.losses, "merged": merged.losses}, merged.divergence)
+    words = in_words(findings(counts(rows, identity), metrics.get("divergence")))
     history = read_rows(paths.checkpoint / "history.jsonl")
     with artefact(paths.report, "report", before_publishing=declared.check_unchanged) as (draft, made):
         (draft / "metrics.json").write_text(manifest.dump_json(metrics), encoding="utf-8")
@@ -55,10 +57,12 @@ def run(runtime: Runtime, eval_chat: EvalChat, paths: Paths, declared: Declared,
             fingerprint=declared.fingerprint,
             made_by={"eval_chat": declared.record},
             model=manifest.artefact_digest(paths.model, "model"),
+            findings=words,
             conditions=determinism.conditions(loading.device()),
         )
     log(dict(manifest.flat(metrics)))
     print(report.headline(metrics, paths.report))
+    print("\n".join(words))
 
 
 def _write_curves(history: Sequence[dict[str, Any]], path: Path) -> None:
