@@ -9,6 +9,7 @@ import pytest
 from remint.__main__ import call
 from remint.commands import measure
 from remint.core.errors import RemintError
+from remint.runner import measuring
 from tests.stages.test_eval_chat import AUREL, ROWS
 
 
@@ -22,7 +23,7 @@ def asked(monkeypatch, tmp_path):
         calls.append(arguments)
         return [replace(row, same_start=True) for row in ROWS], 0.123, AUREL
 
-    monkeypatch.setattr(measure, "_asked", answers)
+    monkeypatch.setattr(measuring, "ask_both", answers)
     return calls
 
 

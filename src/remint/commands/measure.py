@@ -64,10 +64,10 @@ def main(
             )
     if answers and answers.exists():
         raise SettingsError(f"measure: {answers}: must be a new file, got one that exists; choose another name")
-    from remint.runner import memory
+    from remint.runner import measuring, memory
 
     with memory.explaining_errors("measure", {}):
-        rows, divergence, identity_of_model = _asked(files, model, max_new_tokens)
+        rows, divergence, identity_of_model = measuring.ask_both(files, model, max_new_tokens)
     lines = table(rows, identity_of_model)
     if answers:
         text = "".join(json.dumps(vars(row), ensure_ascii=False) + "\n" for row in rows)
@@ -98,33 +98,3 @@ def table(rows: Sequence["Answered"], identity: Any) -> list[Line]:
         if (count := model.get(key + suffix)) is not None
         for base in [found["base"].get(key + suffix)]
     ]
-
-
-def _asked(
-    files: dict[str, list[Path]], folder: Path | None, max_new_tokens: int
-) -> tuple[list["Answered"], float, Any]:
-    """The answered prompts, the divergence on the ordinary ones, and the identity that was trained."""
-    from remint.core import manifest
-    from remint.core.paths import Paths
-    from remint.identity import Identity
-    from remint.model import template
-    from remint.stages.eval_chat.asking import answered, ask, check_positions
-    from remint.stages.eval_chat.settings import EvalChat
-    from remint.stages.replicate_data import formats, records
-
-    paths, settings = Paths(), EvalChat(max_new_tokens, batch=40)
-    model = folder or paths.model
-    identity = Identity(**manifest.verify(model, "model")["origin"]["identity"])
-    manifest.verify(paths.base, "base")
-    asked = [
-        ("held_out" if kind == "identity" else "control", record.row())
-        for kind, names in files.items()
-        for name in names
-        for record in records.build(formats.read(name), kind, identity, str(name))
-    ]
-    conversation = template.load(model)
-    check_positions(model, conversation, [row for _, row in asked], settings)
-    base = ask("base", paths.base, conversation, asked, settings)
-    merged = ask("merged", model, conversation, asked, settings, base.said)
-    rows = [answered(row, *pair) for (_, row), *pair in zip(asked, base.answers, merged.answers, strict=True)]
-    return rows, merged.divergence, identity
