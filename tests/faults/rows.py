@@ -3,6 +3,7 @@
 A row is named by its text in the column `fault`. What a fault `says` are the texts of the column `what you see`.
 """
 
+import json
 import math
 import resource
 import sys
@@ -62,6 +63,10 @@ from tests.faults.changes import (
 )
 
 END_TO_END, KILLS, GUARDS = "tests/test_end_to_end.py", "tests/test_kills.py", "tests/test_guards.py"
+ANSWERED = (
+    "replicate_data.control_base=[data/source/control.json] replicate_data.control=[] "
+    "replicate_data.base_answers=data/source/answers.json"
+)
 STAGE_BASE, TRAIN, MERGE, EVAL = "stage_base", "train", "merge", "eval_chat"
 ADAPTER, MODEL = "data/adapter/adapter_model.safetensors", "data/model/model.safetensors"
 A_WEIGHT = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
@@ -287,6 +292,43 @@ PLAIN = {
             "data/source/identity.json: record 1",
         ),
     ],
+    "the file in `replicate_data.base_answers` is not one, or the base answers in another language than that of the prompts": [
+        fault(
+            f"replicate_data {ANSWERED}",
+            "data/source/answers.json: must be an object with the digest of a base, got []",
+            change=put("data/source/answers.json", "[]"),
+        ),
+        fault(
+            f"replicate_data {ANSWERED}",
+            "data/source/control.json: the base answers only 0% of the prompts in their language",
+            "name the file in replicate_data.control",
+            change=both(
+                records({"instruction": "Why?", "output": "So."}, name="control.json"),
+                put(
+                    "data/source/answers.json",
+                    json.dumps(
+                        {
+                            "base": "x",
+                            "answers": [
+                                {
+                                    "history": [{"role": "user", "content": "Why?"}],
+                                    "answer": "因为如此",
+                                    "finished": True,
+                                }
+                            ],
+                        }
+                    ),
+                ),
+            ),
+        ),
+    ],
+    "`remint measure` is asked for the answers to the test set, or would replace a file": [
+        fault("measure --answers x.jsonl", "measure: --answers: must not show the answers to the test set"),
+        fault(
+            "measure --control data/source/control.json --answers params.yaml",
+            "measure: params.yaml: must be a new file, got one that exists",
+        ),
+    ],
     "text contains control characters": [
         fault("\x1b[2Jfly", "no such command, got "),
         data(records({"instruction": "a\x1b[2J" * 3, "output": 7}), "must be text, got 7"),
@@ -455,6 +497,17 @@ BUILT = {
     ],
     "two processes train the same run in one folder": [
         fault(TRAIN, "another process is training this very run", change=locked, after=kept_steps)
+    ],
+    "the answers in `replicate_data.base_answers` are those of another base": [
+        fault(
+            TRAIN,
+            "params: replicate_data.base_answers: must hold the answers of the base in params.yaml, got those of another",
+            change=resealed("dataset", edit_facts=lambda facts: {**facts, "base_answers": {"base": "0" * 64}}),
+            after=same("data/checkpoint"),
+        )
+    ],
+    "`remint answers` has no answers to write, or would replace another file": [
+        fault("answers", "data/checkpoint: holds no answers of the base, because no record held the model to it")
     ],
     "the adapter belongs to another base": [
         fault(
