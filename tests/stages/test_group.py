@@ -115,7 +115,10 @@ def test_processes_give_the_bytes_of_one_with_as_many_times_the_accumulation(
     assert comparable(together) == comparable(alone)
     history = [json.loads(line) for line in together["history.jsonl"].splitlines()]
     assert len(history) >= 5
-    assert history[-1]["loss"] < history[1]["loss"]
+    if (
+        "distillation" not in changes
+    ):  # else the losses of two steps differ by how many of their tokens are held to the base
+        assert history[-1]["loss"] < history[1]["loss"]
 
 
 @pytest.mark.slow
