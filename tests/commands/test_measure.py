@@ -1,4 +1,4 @@
-"""`remint measure`: the table of shares, and that nobody sees the answers to the test set by it."""
+"""`remint measure`: the table of shares, and that it does not show the answers to the test set."""
 
 import json
 from dataclasses import replace

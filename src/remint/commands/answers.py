@@ -13,7 +13,7 @@ def main(
 ) -> None:
     """Keep the base's own answers, which training asked for, in a file to commit.
 
-    With this file, nobody has to ask the base again, and every machine trains on the same answers.
+    With this file, training does not ask the base again, and every machine trains on the same answers.
     """
     from remint.core.paths import Paths
     from remint.runner import kept_answers

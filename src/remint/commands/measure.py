@@ -52,7 +52,7 @@ def main(
 ) -> None:
     """Ask base and merged model prompts of your own, and print shares with their 95 % intervals.
 
-    Files have the formats of data/source/. Without files it reads the test set, whose answers nobody should see.
+    Files have the formats of data/source/. Without files it reads the test set and prints shares only.
     """
     files = {"identity": identity or [], "control": control or []}
     if not any(files.values()):
